@@ -140,13 +140,18 @@ HEAD = """
 
 #ifdef __GNUC__
 #define ONCE static __attribute__((noinline, noclone))
+#define SHORT __attribute__((optimize(\"Os\")))
+#define RARE static __attribute__((noinline, noclone, cold))
 #define SHOWN __attribute__((visibility("default")))
 #else
 #define ONCE static
+#define SHORT
+#define RARE static
 #define SHOWN
 #endif
 """
-"""Of a library: `ONCE` marks functions that are not copied into those that call them, for the library's size."""
+"""Of a library: `ONCE` marks functions that are not copied into those that call them, for the library's size, and
+`RARE` those that are short rather than fast."""
 
 
 def included(data: Path) -> str:
@@ -172,19 +177,15 @@ ONCE void convolve(const float *in, const float *weights, const float *scale, co
     for (int x = 0; x < ow; x++, out += f)
       for (int o = 0; o < f; o += BLOCK) {
         float sum[BLOCK] = {0};
-        int some = f - o < BLOCK ? f - o : BLOCK;
+        int some = f - o < BLOCK ? f - o : BLOCK;  /* behind the last filter something else lies, and is not used */
         for (int i = 0; i < kh; i++)
           for (int j = 0; j < kw; j++) {
             int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
             if (row < 0 || row >= h || column < 0 || column >= w) continue;
             const float *from = in + ((int64_t)row * w + column) * c;
             const float *by = weights + ((int64_t)i * kw + j) * c * f + o;
-            if (some == BLOCK)
-              for (int k = 0; k < c; k++, by += f)
-                for (int l = 0; l < BLOCK; l++) sum[l] += from[k] * by[l];
-            else
-              for (int k = 0; k < c; k++, by += f)
-                for (int l = 0; l < some; l++) sum[l] += from[k] * by[l];
+            for (int k = 0; k < c; k++, by += f)
+              for (int l = 0; l < BLOCK; l++) sum[l] += from[k] * by[l];
           }
         for (int l = 0; l < some; l++) out[o + l] = sum[l] * scale[o + l] + shift[o + l];
       }
@@ -206,23 +207,35 @@ ONCE void maximum(const float *in, float *out, int h, int w, int c, int oh, int 
     }
 }
 
+/* Of these, n is a multiple of BLOCK: what lies behind values is theirs. */
 ONCE void add(const float *a, const float *b, float *out, int n) {
-  EACH(i, n, out[i] = a[i] + b[i])
+  for (int i = 0; i < n; i += BLOCK)
+    for (int j = i; j < i + BLOCK; j++) out[j] = a[j] + b[j];
 }
 
 ONCE void relu(const float *in, float *out, int n) {
-  EACH(i, n, out[i] = in[i] <= 0 ? 0 : in[i])
+  for (int i = 0; i < n; i += BLOCK)
+    for (int j = i; j < i + BLOCK; j++) out[j] = in[j] <= 0 ? 0 : in[j];
+}
+
+ONCE void add_relu(const float *a, const float *b, float *out, int n) {
+  for (int i = 0; i < n; i += BLOCK)
+    for (int j = i; j < i + BLOCK; j++) {
+      float sum = a[j] + b[j];
+      out[j] = sum <= 0 ? 0 : sum;
+    }
 }
 
 ONCE void sign(const float *in, const float *threshold, float *out, int pixels, int c) {
   for (int p = 0; p < pixels; p++, in += c, out += c) EACH(k, c, out[k] = in[k] >= threshold[k] ? 1 : -1)
 }
 
-ONCE void average(const float *in, float *out, int pixels, int c) {
-  for (int k = 0; k < c; k++) out[k] = 0;
-  for (int p = 0; p < pixels; p++)
-    EACH(k, c, out[k] += in[(int64_t)p * c + k])
-  for (int k = 0; k < c; k++) out[k] /= (float)pixels;
+RARE void average(const float *in, float *out, int pixels, int c) {
+  for (int k = 0; k < c; k++) {
+    float sum = 0;
+    for (int p = 0; p < pixels; p++) sum += in[(int64_t)p * c + k];
+    out[k] = sum / (float)pixels;
+  }
 }
 
 ONCE void drop(const float *in, float *out, int pixels, int from, int to) {
@@ -239,13 +252,13 @@ ONCE void frame(const float *in, float *out, int h, int w, int c, int ph, int pw
 }
 
 /* (planes, size) to (size, planes) */
-ONCE void to_pixels(const float *in, float *out, int planes, int size) {
+RARE void to_pixels(const float *in, float *out, int planes, int size) {
   for (int i = 0; i < size; i++)
     for (int k = 0; k < planes; k++) *out++ = in[(int64_t)k * size + i];
 }
 
 /* 16 bits to 32: sign, exponent, fraction; a number of the smallest exponent is a multiple of 2^-24 */
-ONCE void widen(const uint16_t *in, float *out, int n) {
+RARE void widen(const uint16_t *in, float *out, int n) {
   for (int i = 0; i < n; i++) {
     uint32_t rest = in[i] & 0x7fffu;
     union { uint32_t bits; float value; } number;
@@ -257,7 +270,7 @@ ONCE void widen(const uint16_t *in, float *out, int n) {
 }
 
 /* Which taps of an axis lie inside, for every place of the output: numbers of distinct sets; returns how many. */
-ONCE int inside(int n, int size, int taps, int stride, int pad, int apart, uint64_t *sets, int32_t *of, int times) {
+RARE int inside(int n, int size, int taps, int stride, int pad, int apart, uint64_t *sets, int32_t *of, int times) {
   int count = 0;
   for (int y = 0; y < n; y++) {
     uint64_t set = 0;
@@ -274,7 +287,7 @@ ONCE int inside(int n, int size, int taps, int stride, int pad, int apart, uint6
 }
 
 /* What a binary layer adds to its counts: of taps on padding, the 1s of the weights are taken back. */
-ONCE void borders(const uint8_t *weights, const int32_t *s, int32_t *table, int32_t *rows, int32_t *columns) {
+RARE void borders(const uint8_t *weights, const int32_t *s, int32_t *table, int32_t *rows, int32_t *columns) {
   uint64_t across[64], down[64];
   int right = inside(s[3], s[1], s[5], s[7], s[9], s[11], across, columns, 1);
   int below = inside(s[2], s[0], s[4], s[6], s[8], s[10], down, rows, right);

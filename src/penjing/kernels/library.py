@@ -94,7 +94,8 @@ class _Writer:
         self.packs: dict[Any, tuple[str, int]] = {}  # what a packing kernel depends on → its name, place of the bits
         self.ternaries: dict[Convolution, str] = {}  # the names of their kernels
         self.frames: dict[Any, int] = {}
-        self.preparing: list[str] = []
+        self.layers: list[tuple[int, int, int]] = []  # of binary ones: places of weights, number of shape, tables
+        self.geometries: list[tuple[int, ...]] = []  # of every shape of these
         self.lines: list[str] = []
         self.places: dict[str, int] = {}
 
@@ -119,17 +120,32 @@ class _Writer:
         return "\n".join(
             [
                 f"#define TABLES {tables}\n#define ARENA {tables + self.tables}", *kernels, *self.declared,
-                f"SHOWN int64_t penjing_bytes(void) {{ return ARENA + {self.arena}; }}",
-                "SHOWN void penjing_prepare(char *m) {",
+                f"SHOWN int64_t penjing_bytes(void) {{ return ARENA + {self.arena + LINE}; }}",
+                "SHOWN SHORT void penjing_prepare(char *m) {",
                 f"  widen((const uint16_t *)(penjing_data + {len(self.data)}), (float *)m, {self.widened});",
-                *self.preparing,
+                *self._preparing(),
                 "}",
-                "SHOWN void penjing_network(const float *in, float *out, char *m, int32_t samples) {",
+                "SHOWN SHORT void penjing_network(const float *in, float *out, char *m, int32_t samples) {",
                 f"  for (int32_t n = 0; n < samples; n++, in += {sizes[0]}, out += {sizes[1]}) {{",
                 *self.lines,
                 "  }\n}\n",
             ]
         )  # fmt: skip
+
+    def _preparing(self) -> list[str]:
+        """Lines that compute the tables of binary layers."""
+        if not self.layers:
+            return []
+        rows = [", ".join(f"{{{', '.join(map(str, row))}}}" for row in part) for part in (self.layers, self.geometries)]
+        return [
+            f"  static const int32_t layers[][3] = {{{rows[0]}}}, shapes[][{len(self.geometries[0])}] = {{{rows[1]}}};",
+            f"  for (int i = 0; i < {len(self.layers)}; i++) {{",
+            "    const int32_t *s = shapes[layers[i][1]];",
+            "    char *t = m + TABLES + layers[i][2];",
+            "    borders((const uint8_t *)penjing_data + layers[i][0], s, (int32_t *)t, (int32_t *)(t + s[17]),",
+            "            (int32_t *)(t + s[18]));",
+            "  }",
+        ]
 
     def file(self) -> bytes:
         """The constants as they lie in the library."""
@@ -140,7 +156,9 @@ class _Writer:
         fixed = {}
         for name, pointer in ((self.network.input, "in"), (self.network.output, "out")):
             height, width, channels = self.network.shapes[name]
-            if channels == 1 or height * width == 1:
+            beside = [o for o in self.network.operations if name in (*o.inputs, o.output)]
+            rounded = any(o.kind in ("add", "relu", "add_relu") for o in beside)  # these write whole blocks
+            if (channels == 1 or height * width == 1) and not rounded:
                 fixed[name] = pointer
             else:
                 self._place(name, free)
@@ -210,11 +228,12 @@ class _Writer:
         assert o.window is not None
         known = self._shape(o.window)
         lay, arrays = known.layout, o.arrays
+        place = len(self.data)
         weights = self._raw(binary.packed_weights(arrays["weights"], o.window, lay))
         padded = [np.pad(arrays[name], (0, lay.filters - o.window.filters)) for name in ("scale", "shift")]
         address, _ = self._numbers(arrays["threshold"], *padded)
         table, self.tables = f"m + TABLES + {self.tables}", self.tables + known.tables
-        self.preparing.append(f"  prepare_{known.number}({weights}, {table});")
+        self.layers.append((place, known.number, self.tables - known.tables))
         given = f"{where[o.inputs[0]]}, {where[o.output]}, m, {weights}, {address}, {table}"
         self.lines.append(f"    binary_{known.number}({given});")
 
@@ -275,15 +294,12 @@ class _Writer:
             out = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
             last = f"\n  drop({out}, out, {down * right}, {lay.filters}, {shape.filters});"
         self.declared.append(f"""
-static void prepare_{number}(const char *w, char *t) {{
-  static const int32_t sizes[] = {{{", ".join(map(str, _geometry(shape, lay)))}}};
-  borders((const uint8_t *)w, sizes, {tables});
-}}
 ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, const char *p, const char *t) {{
   {packing}(in, (const float *)p, (uint8_t *)(m + ARENA + {bits}), 0, {shape.height});
   {names[1]}((const {word} *)(m + ARENA + {bits}), (const {word} *)w, {tables},
              (const float *)(p + {scale}), (const float *)(p + {shift}), {out}, 0, {down});{last}
 }}""")
+        self.geometries.append((*_geometry(shape, lay), rows, columns))
         self.shapes[shape] = _Shape(number, lay, columns + _lines(4 * right))
         return self.shapes[shape]
 
@@ -298,7 +314,8 @@ ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, c
 
     def simple(self, o: Operation, where: dict[str, str]) -> None:
         height, width, channels = self.network.shapes[o.inputs[0]]
-        sizes = {"average": f"{height * width}, {channels}"}.get(o.kind, str(height * width * channels))
+        blocks = str(self._bytes(o.inputs[0]) // 4)
+        sizes = {"average": f"{height * width}, {channels}"}.get(o.kind, blocks)
         given = ", ".join(where[name] for name in (*o.inputs, o.output))
         self.lines.append(f"    {o.kind}({given}, {sizes});")
 
@@ -345,6 +362,7 @@ _WRITERS: dict[str, Callable[[_Writer, Operation, dict[str, str]], None]] = {
     "convolution": _Writer.convolution,
     "binary": _Writer.binary,
     "add": _Writer.simple,
+    "add_relu": _Writer.simple,
     "relu": _Writer.simple,
     "average": _Writer.simple,
     "maximum": _Writer.maximum,

@@ -27,8 +27,8 @@ class Operation:
     """One operation on values of one sample.
 
     Attributes:
-        kind: "convolution", "binary", "ternary" (of weights), "add", "relu", "average" (of all pixels), "maximum"
-            (of a window), "planes" (an image laid out as a vector, channel by channel), "sign" (as numbers).
+        kind: "convolution", "binary", "ternary" (of weights), "add", "relu", "add_relu", "average" (of all pixels),
+            "maximum" (of a window), "planes" (an image laid out as a vector, channel by channel), "sign" (as numbers).
         inputs: Names of the values that it reads.
         output: Name of the value that it writes.
         window: Of a convolution or a maximum.
@@ -244,7 +244,13 @@ class _Reader:
 
     def relu(self, node: fx.Node) -> None:
         name = self._value(node)
-        self.operations.append(Operation("relu", (name,), self._new(node, self.shapes[name])))
+        before = self._last(name, node)
+        if before is not None and before.kind == "add":
+            self.operations[self.operations.index(before)] = replace(before, kind="add_relu")
+            self._same(node)
+            self._rename(name, node)
+        else:
+            self.operations.append(Operation("relu", (name,), self._new(node, self.shapes[name])))
 
     def add(self, node: fx.Node) -> None:
         names = self._value(node), self._value(node, 1)
