@@ -131,6 +131,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
             minutes=parsed.minutes,
             trials=parsed.trials,
             study=parsed.study,
+            cluster=parsed.cluster,
             runtime=parsed.runtime,
             recipe=recipe,
             out=parsed.out,

@@ -105,6 +105,9 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--study", metavar="URL", help="the database for a search's study, e.g. postgresql://… (default: in --out)"
     )
+    command.add_argument(
+        "--cluster", metavar="auto|ADDRESS", help="run a search's trials on Ray: started here, or a running cluster"
+    )
     command.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
     command.add_argument("--resume", action="store_true", help="resume the run in --out")
     command.add_argument("--force", action="store_true", help="replace the run in --out")

@@ -35,6 +35,7 @@ def compress(
     minutes: float | None = None,
     trials: int | None = None,
     study: str | None = None,
+    cluster: str | None = None,
     runtime: str | Sequence[str] | None = None,
     recipe: Recipe | Step | Sequence[Step] | None = None,
     out: Path | str = "runs/compress",
@@ -66,6 +67,8 @@ def compress(
         minutes: Search for so long: the artifact is there within a fifth more.
         trials: Search until so many recipes were tried.
         study: The URL of a database for the study of a search (``postgresql://…``); None keeps it in `out`.
+        cluster: Where the trials of a search run: "auto" starts Ray on this machine, with as many processes as its
+            cores allow for `threads`; else the address of a running cluster that sees `out`.
         runtime: One or several of ``penjing runtimes``. None considers those that it lists without a star, "all" the
             others too, and "auto" picks one by timing the source in each.
         recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
@@ -92,9 +95,10 @@ def compress(
         exclude=exclude, seconds=seconds, listeners=listeners, reference=reference, target=target,
     )  # fmt: skip
     if minutes is None and trials is None:
-        if study is not None:
+        if study is not None or cluster is not None:
             raise UsageError(
-                "a study belongs to a search", code="no-budget", got=study, expected="minutes or trials beside it",
+                "a study and a cluster belong to a search",
+                code="no-budget", got=study or cluster, expected="minutes or trials beside it",
                 remedy="minutes=10 searches for ten minutes",
             )  # fmt: skip
         return carry_out(order, out, resume=resume, force=force)
@@ -106,4 +110,6 @@ def compress(
             expected="one of both",
             remedy="leave minutes and trials out to carry one recipe out",
         )
-    return search(order, Budget(minutes=minutes, trials=trials, study=study), out, resume=resume, force=force)
+    return search(
+        order, Budget(minutes=minutes, trials=trials, study=study, cluster=cluster), out, resume=resume, force=force
+    )

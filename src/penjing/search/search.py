@@ -20,6 +20,7 @@ from penjing.records.lock import locked
 from penjing.search import finish
 from penjing.search.budget import Clock, OutOfTime, Paces, paces
 from penjing.search.choice import Choice
+from penjing.search.cluster import OnRay
 from penjing.search.history import History, Trial
 from penjing.search.probing import epoch_seconds
 from penjing.search.promise import Wanted, promise, promises
@@ -45,6 +46,8 @@ class Budget:
         minutes: Until the artifact is there, within a fifth.
         trials: Number of trials.
         study: The URL of a database for the study; None keeps it in the run folder.
+        cluster: Where trials run: "auto" starts Ray on this machine, else an address that `ray.init` takes; None is
+            this process.
 
     Raises:
         UsageError: A number makes no sense.
@@ -53,6 +56,7 @@ class Budget:
     minutes: float | None = None
     trials: int | None = None
     study: str | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -85,7 +89,8 @@ def search(order: Order, budget: Budget, out: Path | str, *, resume: bool, force
                 return Result(prepared, folder.path, opened_from)
             names = picking.picked(prepared)
             prepared = replace(prepared, order=replace(prepared.order, runtimes=names, auto=False))
-            with Here(prepared, clock) as workers:
+            workers = Here(prepared, clock) if budget.cluster is None else OnRay(prepared, clock, budget.cluster)
+            with workers:
                 done = Search(prepared, budget, clock, workers).run()
             return Result(finish.deliver(prepared, done), folder.path, opened_from)
         finally:

@@ -120,6 +120,12 @@ def _timed(prepared: Prepared, candidates: tuple[Candidate, ...]) -> Timed:
     return Timed(source=prepared.source, candidates=candidates, floors={})
 
 
+def give_up(folder: Path, choice: Choice, recipe: Recipe, failure: str) -> None:
+    """Write that a trial failed which nobody could carry out."""
+    done = Outcome(choice=choice, recipe=recipe.to_data(), seconds=_spent(folder), failure=failure[:600])
+    write_text(folder / OUTCOME, to_json(done))
+
+
 def read(folder: Path) -> Outcome | None:
     """How the trial in a folder ended; None where it has not."""
     path = folder / OUTCOME

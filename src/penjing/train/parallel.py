@@ -8,14 +8,12 @@ the size of a batch's values (hints), or divide by how many labels there are, do
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ import torch
 from torch import distributed, fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, TrainingError
+from penjing.errors import OutputError, PenjingError, TrainingError
 from penjing.network.portable import Portable
 from penjing.steps.step import Context
 from penjing.tasks.calibration import Dynamic
 from penjing.tasks.call import Call
-from penjing.tasks.usercode import USER_MODULE
+from penjing.train import cluster as cluster_of
 from penjing.train.sharing import part
 
 STATE = "finetune.pt"
@@ -142,13 +140,13 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
         TaskError: Something of the task or the settings can't be sent to another process.
         TrainingError: The cluster can't be reached, or a worker failed.
     """
-    ray = _ray()
+    ray = cluster_of.ray()
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
     saved = context.folder / STATE if context.folder else None
-    data = _pickled(
+    data = cluster_of.pickled(
         {
             "work": work,
             "network": _portable(network),
@@ -160,9 +158,9 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
             "keeps": saved is not None,
         }
     )
-    with _connected(ray, cluster, workers):
+    with cluster_of.connected(cluster, workers):
         cuda = torch.device(context.device).type == "cuda"
-        _check_room(ray.cluster_resources(), workers, cuda)
+        cluster_of.check_room(ray.cluster_resources(), workers, cuda)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as aside:
             queue = Queue()
             trainer = TorchTrainer(
@@ -173,81 +171,6 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
                 run_config=RunConfig(storage_path=aside, name="penjing"),
             )
             _listen(trainer, queue, network, context, saved)
-
-
-def _pickled(message: dict[str, Any]) -> bytes:
-    """A message for other processes, with what the user's own files define: they could not import those."""
-    from ray import cloudpickle
-
-    files = [module for name, module in sys.modules.items() if name.startswith(USER_MODULE)]
-    try:
-        for module in files:
-            cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-        data: bytes = cloudpickle.dumps(message)  # type: ignore[no-untyped-call]
-    except Exception as error:  # pickle raises what the objects raise
-        raise TaskError(
-            "the training can't be sent to other processes",
-            code="unsendable",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            expected="a task, losses and hooks that can be pickled: no open files, no database connections",
-            remedy="open them in the dataset, on first read",
-        ) from None
-    finally:
-        for module in files:
-            cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
-    return data
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, cluster: str, workers: int) -> Iterator[None]:
-    """A connection to the cluster; one that the user has already is taken, and left as it is."""
-    ours = not ray.is_initialized()
-    try:
-        if cluster == "local":  # one processor for each worker and one for what leads them, also where there are fewer
-            processors = max(os.cpu_count() or 1, workers + 1)
-            ray.init(
-                address="local",
-                num_cpus=processors,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                ignore_reinit_error=True,
-            )
-        else:
-            _knock(cluster)
-            ray.init(address=cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-    except Exception as error:
-        raise TrainingError(
-            "the Ray cluster can't be reached",
-            code="unreachable",
-            got=f"{cluster}: {' '.join(str(error).split())[:200]}",
-            expected="'local', or the address of a running cluster, for example ray://host:10001",
-            remedy="check it with `ray status`; cluster='local' starts one here",
-        ) from None
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
-    for kind, needed in (("CPU", workers), *((("GPU", workers),) if cuda else ())):
-        if resources.get(kind, 0) < needed:
-            raise TrainingError(
-                "the cluster is too small",
-                code="too-small",
-                got=f"{resources.get(kind, 0):g} {kind}",
-                expected=f"{needed}, one for each worker",
-                remedy="fewer workers, or a larger cluster",
-            )
-
-
-def _knock(cluster: str) -> None:
-    """An OSError at once where nothing listens: Ray itself would try for minutes."""
-    host, colon, port = cluster.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, saved: Path | None) -> None:
@@ -341,21 +264,6 @@ def _portable(value: Any) -> Any:
 
 def _network(value: Any) -> Any:
     return value.network() if isinstance(value, Portable) else value
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.train.torch
-    except ImportError as error:
-        raise MissingDependency(
-            "training on a cluster needs Ray",
-            code="not-installed",
-            got=str(error),
-            expected="ray[train]",
-            remedy="pip install 'penjing[cluster]'",
-        ) from None
-    return ray
 
 
 __all__ = ["Group", "spread"]
