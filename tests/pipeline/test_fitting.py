@@ -142,7 +142,10 @@ def test_inspect_tells_what_breaks_and_says_so_in_its_exit_code(tmp_path, digits
     (tmp_path / "mine.yaml").write_text(yaml_text.dump(data))
     asked = ["inspect", digits_source, "--shape", "1,8,8", "--target", str(tmp_path / "mine.yaml")]
     assert cli.main(asked) == 3
-    assert "can't take it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "can't take it" in out and "of weights, of 1.00 kB of storage; about" in out
     assert cli.main([*asked, "--json"]) == 3
-    (excess,) = json.loads(capsys.readouterr().out)["excesses"]
+    shown = json.loads(capsys.readouterr().out)
+    (excess,) = shown["excesses"]
     assert excess["code"] == "storage" and excess["site"] == "body"
+    assert shown["device"]["storage_bytes"] == shown["parameters"]  # a byte each

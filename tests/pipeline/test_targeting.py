@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import penjing as pj
-from penjing import records, runtimes, targets
+from penjing import cli, records, runtimes, targets
 from penjing.errors import GoalError, MissingDependency, OutputError, PruningError, UsageError
 from penjing.measure import machine
 from penjing.pipeline import targeting
@@ -117,7 +117,13 @@ class TestInspect:
         (tmp_path / "mine.yaml").write_text(text)
         there = inspect(open_source(network(), task=task()), task(), target=tmp_path / "mine.yaml")
         floats = there.floats["onnxruntime on pi4"]
-        assert "no integer kernel for conv" in floats["0"] and "5" not in floats
+        assert floats["0"] == "pi4 has no integer kernel for conv" and "5" not in floats
+        assert there.floats["tvm on pi4"]["0"] == "tvm has no integer kernel for conv"
+
+    def test_what_a_device_notes_is_said_once_for_all_its_runtimes(self, digits_source, capsys):
+        assert cli.main(["inspect", digits_source, "--shape", "1,8,8", "--target", "pi4"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.count("the Cortex-A72 has no dot products") == 1 and "onnxruntime on pi4:" in out
 
     def test_a_device_whose_runtime_is_not_here_is_told_by_its_profile(self, monkeypatch):
         monkeypatch.setattr(runtimes, "installed", lambda name: False)

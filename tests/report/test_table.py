@@ -151,6 +151,14 @@ def test_rejected_candidates_stand_last_with_their_reason_and_figures_stand_besi
     assert "openvino-int8: rejected: both, columns 4-5 of the last axis" in text
 
 
+def test_a_reason_that_several_candidates_share_is_said_once():
+    record = sample_records.judged()
+    (rejected,) = record.rejected
+    both = replace(record, rejected=(rejected, replace(rejected, name="other-int8")))
+    text = words(shown(table.candidates(both)))
+    assert text.count("columns 4-5 of the last axis") == 1 and f"{rejected.name}, other-int8: rejected: both" in text
+
+
 def test_what_drops_are_against_has_a_column_of_its_own():
     whole = Measured(metric=0.95, size_bytes=4_000_000, parameters=1_000_000, macs=120_000_000)
     record = replace(sample_records.big(), reference=Reference(name="unpruned", weights="0" * 64, measured=whole))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -186,6 +187,14 @@ class TestCommand:
         assert cli.main(["targets", "--json"]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert [row["name"] for row in rows] == list(targets.names())
+
+    def test_in_80_columns_every_name_is_whole(self, capsys):
+        assert cli.main(["targets"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        words = set(re.findall(r"[\w-]+", " ".join(lines)))
+        profiles = list(map(targets.load, targets.names()))
+        assert words >= set(targets.names()) | {name for p in profiles for name in (*p.runtimes, *p.precisions)}
 
     def test_it_shows_one_with_its_sources(self, capsys):
         assert cli.main(["targets", "ethos-u55"]) == 0

@@ -28,6 +28,7 @@ from penjing.cli.grammar import parser
 from penjing.cli.inspecting import (
     show_activations,
     show_branches,
+    show_device,
     show_floats,
     show_gains,
     show_group,
@@ -194,10 +195,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")
         out.print(table.noise(inspection.noise))
-    for excess in inspection.excesses:
-        out.print(
-            f"\n{Path(parsed.target).stem} can't take it: {excess}", markup=False, highlight=False, soft_wrap=True
-        )
+    show_device(inspection, parsed.target, out)
     for text in blockers.lines(inspection.refused):
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     return code

@@ -57,6 +57,8 @@ def show_activations(inspection: Inspection, out: Terminal) -> None:
 
 def show_floats(inspection: Inspection, out: Terminal) -> None:
     """Print what stays in floating point in each runtime, and why."""
+    notes = list(inspection.notes.values())
+    shared = [n for n in notes[0] if all(n in others for others in notes[1:])] if len(notes) > 1 else []
     for runtime, reasons in inspection.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
         every = "every convolution, linear layer and addition can run in integers"
@@ -64,7 +66,33 @@ def show_floats(inspection: Inspection, out: Terminal) -> None:
         for line in _by_reason(reasons):
             out.print(f"  {line}", markup=False, highlight=False)
         for note in inspection.notes[runtime]:
-            out.print(f"  note: {note}", markup=False, highlight=False)
+            if note not in shared:
+                out.print(f"  note: {note}", markup=False, highlight=False)
+    for note in shared:
+        out.print(f"\nnote: {note}", markup=False, highlight=False)
+
+
+def show_device(inspection: Inspection, target: str | None, out: Terminal) -> None:
+    """Print what the network needs on the target beside what fits there, and every limit that it breaks."""
+    from penjing.report.numbers import figure
+    from penjing.targets import load
+
+    if target is None or inspection.device is None:
+        return
+    device, needs = load(target), inspection.device
+    both = "weights and activations" if device.limits.weights_in == "memory" else "activations"
+    rows = (
+        (needs.storage_bytes, "weights", device.limits.storage_bytes, "storage"),
+        (needs.memory_bytes, both, device.limits.memory_bytes, "memory"),
+    )
+    parts = [
+        f"about {figure(size, 'bytes')} of {what}" + (f", of {figure(limit, 'bytes')} of {where}" if limit else "")
+        for size, what, limit, where in rows
+    ]
+    texts = [f"{device.name}: {'; '.join(parts)}"]
+    texts += [f"{device.name} can't take it: {excess}" for excess in inspection.excesses]
+    for text in texts:
+        out.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:

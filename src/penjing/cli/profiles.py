@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from penjing.cli.console import Terminal
@@ -53,13 +54,12 @@ def _plain(target: Target) -> dict[str, Any]:
 
 
 def _listed(profiles: list[Target]) -> Table:
-    table = Table("target", "", "runtimes", "precisions", "storage", "memory")
-    for column in (0, 4, 5):
-        table.columns[column].no_wrap = True
+    table = Table("target", "runtimes", "precisions", "storage", "memory", show_lines=True)
+    for name, width in (("runtimes", 12), ("precisions", 10)):  # in 80 columns, a name then keeps to one line
+        next(column for column in table.columns if column.header == name).max_width = width
     for target in profiles:
         table.add_row(
-            target.name,
-            target.description,
+            f"[bold]{target.name}[/bold]\n{escape(target.description)}",
             ", ".join(target.runtimes),
             ", ".join(target.precisions),
             _size(target.limits.storage_bytes),

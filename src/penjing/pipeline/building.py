@@ -203,7 +203,7 @@ def _why_float(kind: str, planned: str, executed: str | None, capabilities: Capa
         return LOOKED_UP
     runtime = capabilities.runtime
     if kind not in capabilities.integer | capabilities.fuses | capabilities.passthrough:
-        return f"{runtime} has no integer kernel for {kind}"
+        return capabilities.without_kernel(kind)
     if planned != "int8":
         return "no edge of it is quantized"
     if executed is None:

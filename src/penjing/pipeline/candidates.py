@@ -24,6 +24,7 @@ from penjing.recipes.recipe import Recipe
 from penjing.records import Candidate, DeviceFigures, Measured, Parity, Rejection, from_dict
 from penjing.records.folder import CANDIDATES
 from penjing.records.manifest import Manifest
+from penjing.records.parity import by_reason
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
@@ -66,9 +67,9 @@ def build(prepared: Prepared) -> tuple[Candidate, ...]:
     if not candidates:
         assert failure is not None
         raise failure
+    for reason, names in by_reason((c.name, c.rejection.reason) for c in candidates if c.rejection is not None):
+        run.warn(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not offered: {reason}")
     for built in candidates:
-        if built.rejection is not None:
-            run.warn(f"{built.name} is not offered: {built.rejection.reason}")
         for text in built.doubts:
             run.warn(text)
     return tuple(candidates)

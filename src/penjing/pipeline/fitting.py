@@ -71,11 +71,23 @@ def check_source(target: Target, network: fx.GraphModule, call: Call, recipe: Re
 
 def would_break(target: Target, network: fx.GraphModule, call: Call) -> tuple[Excess, ...]:
     """The limits that a network breaks in the device's narrowest usual format: 8 bits where it has integers."""
-    integers = any(p in INTEGERS for p in target.precisions)
-    bits = min(8, max(target.weights.bits)) if integers else 16 if "fp16" in target.precisions else 32
-    rows = tuple(cost(network, call))
-    over = _over(target, network, call, rows, bits, 1 if integers else None)
+    bits, element = _usual(target)
+    over = _over(target, network, call, tuple(cost(network, call)), bits, element)
     return (*illegal_operators(target, network), *over)
+
+
+def expected(target: Target, network: fx.GraphModule, call: Call) -> DeviceFigures:
+    """What a network needs there in that format: its weights without a file around them, and its activations."""
+    bits, element = _usual(target)
+    size = sum(-(-row.parameters * bits // 8) for row in cost(network, call))
+    return figures(target, activations(network, call, element), size)
+
+
+def _usual(target: Target) -> tuple[int, int | None]:
+    """Bits of a weight, and bytes of an activation (None: its own), in the device's narrowest usual format."""
+    if any(p in INTEGERS for p in target.precisions):
+        return min(8, max(target.weights.bits)), 1
+    return 16 if "fp16" in target.precisions else 32, None
 
 
 def needed(network: fx.GraphModule, call: Call, plan: Plan, precision: str) -> Activations:

@@ -16,7 +16,7 @@ from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
 from penjing.pipeline import gains, targeting
-from penjing.pipeline.fitting import Excess, would_break
+from penjing.pipeline.fitting import Excess, expected, would_break
 from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
@@ -24,7 +24,7 @@ from penjing.quantize.explanation import explain
 from penjing.quantize.output_branches import SAMPLES, meeting
 from penjing.quantize.placement import place
 from penjing.quantize.static import prepare
-from penjing.records import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records import BranchesRow, CutRow, DeviceFigures, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.sources.source import Source, check_forward
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Capabilities
@@ -55,6 +55,7 @@ class Inspection:
     activations: Activations | None = None  # in the order that needs least, elementwise operators in place
     gains: tuple[GainRow, ...] = ()  # what optimizations before export remove
     excesses: tuple[Excess, ...] = ()  # limits of the target that the network breaks
+    device: DeviceFigures | None = None  # what it needs on the target, in the narrowest usual format there
     int8_activations: Activations | None = None  # the same with one byte for every value
 
     @property
@@ -137,6 +138,7 @@ def inspect(
         int8_activations=activations(network, task.call(), 1),
         gains=gains.before_export(network, task.call(), _known(device).items()),
         excesses=() if device is None else would_break(device, network, task.call()),
+        device=None if device is None else expected(device, network, task.call()),
     )
 
 

@@ -87,7 +87,7 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Ca
     """The reason why a node stays in floating point; None if it is quantized."""
     if what in RECURRENT:
         if what not in capabilities.recurrent:
-            refusal = f"{capabilities.runtime} has no integer kernel for {what} that takes its ranges at run time"
+            refusal = f"{capabilities.without_kernel(what)} that takes its ranges at run time"
             return f"{refusal}: quantize.Static has them from calibration" if what in capabilities.integer else refusal
         return recurrent.refusal(network, node)
     if what != "linear":

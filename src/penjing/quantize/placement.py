@@ -202,7 +202,7 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Ca
     if "float" in node.meta:
         return str(node.meta["float"])
     if what not in capabilities.integer:
-        refusal = f"{capabilities.runtime} has no integer kernel for {what}"
+        refusal = capabilities.without_kernel(what)
         if what not in capabilities.recurrent or recurrent.refusal(network, node):
             return refusal
         return f"{refusal} with ranges from calibration: quantize.Dynamic takes them at run time"

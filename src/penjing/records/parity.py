@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -144,3 +144,21 @@ class Rejection:
     snr_db: float | None = None
     limit_db: float | None = None
     operator: str | None = None
+
+
+def by_reason(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Candidates that share a reason, so that it is said once.
+
+    Args:
+        reasons: (name of the candidate, reason).
+
+    Returns:
+        (reason, names), in the order in which the reasons first came.
+
+    >>> by_reason([("litert-fp32", "too large"), ("litert-int8", "NaN"), ("tvm-fp32", "too large")])
+    [('too large', ['litert-fp32', 'tvm-fp32']), ('NaN', ['litert-int8'])]
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        groups.setdefault(reason, []).append(name)
+    return list(groups.items())

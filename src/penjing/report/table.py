@@ -19,6 +19,7 @@ from rich.text import Text
 
 from penjing import records
 from penjing.records.figures import FIGURES
+from penjing.records.parity import by_reason
 from penjing.report import arithmetic, between, numbers, scatter, verdict
 from penjing.report import comparison as compared
 
@@ -180,20 +181,18 @@ def candidates(record: records.Record) -> Table:
         goal = cell("no", "red") if c.rejection else cell(*(("yes", "green") if c.met else ("no", "yellow")))
         table.add_row(*(cell(text, style) for text in cells), goal)
     shown = (*record.candidates, *record.rejected)
-    reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in shown if c.reason and not c.met)
+    reasons = by_reason((c.name, c.reason) for c in shown if c.reason and not c.met)
     notes = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
     notes += filter(None, [compared.against(record)])
     beside = ((c.name, compared.speedup_over_floor(record, c)) for c in record.candidates)
     over = ", ".join(f"{name} {numbers.figure(value, '×')}" for name, value in beside if value is not None)
     notes += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
-    busy: dict[str, list[str]] = {}
-    for c in record.candidates:
-        if text := compared.busy(record, c):
-            busy.setdefault(text, []).append(c.name)
-    notes += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
+    busy = by_reason((c.name, text) for c in record.candidates if (text := compared.busy(record, c)))
+    notes += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy]
     notes += filter(None, map(arithmetic.in_floats, record.candidates))
     notes += filter(None, (arithmetic.no_smaller(record, c) for c in record.candidates))
-    return _captioned(table, [*notes, *_least_db(shown), *filter(None, [between.line(record)]), *reasons])
+    notes += [*_least_db(shown), *filter(None, [between.line(record)])]
+    return _captioned(table, notes + [f"{', '.join(whose)}: {text}" for text, whose in reasons])
 
 
 def _least_db(shown: Sequence[records.Candidate]) -> list[str]:

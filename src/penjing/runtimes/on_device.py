@@ -187,13 +187,14 @@ def parity(outputs: list[Any], expected: list[Any], limits: list[dict[str, Any]]
         both = np.isfinite(difference)
         clean = bool((np.isfinite(got) == np.isfinite(want)).all())
         signal, noise = float(np.sum(want[both].astype(np.float64) ** 2)), float(np.sum(difference[both] ** 2))
-        # 300 dB is beyond what any type resolves.
-        snr = min(300.0, 10 * math.log10(signal / noise)) if noise and signal else 300.0 if not noise else -300.0
+        # Clamped to ±200 dB as in records, which is beyond what any type resolves.
+        ratio = 10 * math.log10(signal / noise) if noise and signal else 200.0 if not noise else -200.0
+        snr = max(-200.0, min(200.0, ratio))
         floating = want.dtype.kind in "fc"
         rows.append(
             {
                 "output": name,
-                "snr_db": snr if clean else -300.0,
+                "snr_db": snr if clean else -200.0,
                 "largest": float(np.abs(difference[both]).max()) if both.any() else 0.0,
                 "equal": None if floating else equal,
                 "limit_db": limit["snr_db"] if floating else None,

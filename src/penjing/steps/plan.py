@@ -254,6 +254,8 @@ class Capabilities:
             these are floating-point numbers.
         channel_multiple: Vector width of its kernels in channels: other widths are padded to a multiple of it.
         notes: Sentences for the user about this processor.
+        device: Name of the device that it was narrowed to; "" where that is this machine.
+        withheld: Kinds with an integer kernel in the runtime that the device does not compute in integers.
     """
 
     runtime: str
@@ -274,6 +276,16 @@ class Capabilities:
     rounding: float = 0.0
     channel_multiple: int = 8
     notes: tuple[str, ...] = ()
+    device: str = ""
+    withheld: frozenset[str] = frozenset()
+
+    def without_kernel(self, what: str) -> str:
+        """Why operators of a kind stay in floating point: who has no integer kernel for it.
+
+        >>> GENERIC.without_kernel("gelu")
+        'any runtime has no integer kernel for gelu'
+        """
+        return f"{self.device if what in self.withheld else self.runtime} has no integer kernel for {what}"
 
 
 def channel_multiple(instruction_sets: tuple[str, ...]) -> int:

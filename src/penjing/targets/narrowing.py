@@ -39,7 +39,7 @@ def narrowed(target: Target, capabilities: Capabilities) -> Capabilities:
             + ("" if weight and activation else ", in an integer format that both have"),
             remedy=f"another of its runtimes: {', '.join(target.runtimes)}",
         )
-    dynamic = capabilities.dynamic
+    dynamic, kinds = capabilities.dynamic, capabilities.integer | capabilities.recurrent
     return replace(
         capabilities,
         precisions=precisions,
@@ -52,6 +52,8 @@ def narrowed(target: Target, capabilities: Capabilities) -> Capabilities:
         activations=_both(capabilities.activations, target.activations),
         dynamic=None if dynamic is not None and target.activations.refusal(dynamic) else dynamic,
         notes=notes,
+        device=target.name,
+        withheld=frozenset() if target.integer is None else kinds - target.integer,
     )
 
 
