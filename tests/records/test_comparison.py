@@ -160,6 +160,13 @@ def test_measured_and_modelled_energy_are_not_ranked(big):
     assert beside(a=b, b=with_artifact(big, energy_mj=Energy(value=4.0, method="model"))).best("energy_mj") == ("a",)
 
 
+def test_a_model_of_the_energy_does_not_depend_on_the_machine(big):
+    a = with_artifact(big, energy_mj=Energy(value=3.0, method="model"))
+    b = with_artifact(replace(big, machine=replace(big.machine, cores=64)), energy_mj=Energy(value=2.0, method="model"))
+    comparison = beside(a=a, b=b)
+    assert codes(comparison) == {"machine": TIMED - {"energy_mj"}} and comparison.best("energy_mj") == ("b",)
+
+
 def test_a_figure_that_one_run_alone_has_is_not_ranked(big):
     comparison = beside(a=big, b=with_artifact(big, packed_bytes=None))
     assert list(comparison.values("packed_bytes")) == ["a"] and comparison.best("packed_bytes") == ()

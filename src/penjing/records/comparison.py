@@ -189,9 +189,12 @@ def _timed(runs: Sequence[RunRow]) -> tuple[Conflict, ...]:
     energy = [run for run in runs if measured(run.record).energy_mj is not None]
     elsewhere = [f"{run.name}: {run.record.target.name}" for run in timed if run.record.target is not None]
     target = f"this machine's figures are not those of the device ({', '.join(elsewhere)})" if elsewhere else ""
+    # A model of the energy knows operations and bytes, not the machine.
+    modelled = bool(energy) and all(_method(run.record) == "model" for run in energy)
+    here = tuple(name for name in TIMED if name != "energy_mj") if modelled else TIMED
     rows = (
-        ("target", TIMED, target),
-        ("machine", TIMED, _split(timed, _machine, "they were measured on different machines", _machine_words)),
+        ("target", here, target),
+        ("machine", here, _split(timed, _machine, "they were measured on different machines", _machine_words)),
         (
             "threads",
             TIMED,

@@ -126,7 +126,7 @@ def _text(record: records.Record, name: str, comparison: Comparison) -> str:
     if name == "latency_ms" and artifact.latency_ms is not None:
         return f"{text} ± {artifact.latency_ms.spread / 2:.0%}"
     if name == "energy_mj" and artifact.energy_mj is not None:
-        return f"{text} ({artifact.energy_mj.method})"
+        return f"{text} ({'modelled' if artifact.energy_mj.method == 'model' else artifact.energy_mj.method})"
     return text
 
 
