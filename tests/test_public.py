@@ -32,6 +32,7 @@ PUBLIC = [
     "run",
     "share",
     "tasks",
+    "watch",
 ]
 
 

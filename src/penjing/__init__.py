@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         records,
         share,
         tasks,
+        watch,
     )
     from penjing.errors import PenjingError
     from penjing.goals.goal import Goal
@@ -74,6 +75,7 @@ _MODULES = (
     "records",
     "share",
     "tasks",
+    "watch",
 )
 
 __all__ = [
@@ -103,6 +105,7 @@ __all__ = [
     "run",
     "share",
     "tasks",
+    "watch",
 ]
 
 

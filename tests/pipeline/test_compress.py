@@ -15,6 +15,7 @@ from penjing.errors import (
     MissingDependency,
     OutputError,
     RecipeError,
+    SourceError,
     TaskError,
     TrainingError,
     UsageError,
@@ -27,7 +28,9 @@ from penjing.runtimes.artifact import predictor
 from penjing.sources.source import open_source
 from penjing.surgery import insert
 from penjing.tasks.opening import open_task
+from penjing.watch import Log
 from tests.raises import raises_case
+from tests.watch.test_log import Memory
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,26 @@ class TestFolder:
         done = [e for e in events if e["kind"] == "progress" and e["label"] == "latency"][-1]
         assert done["done"] == done["total"]
 
+    def test_events_tell_what_was_asked_for_and_every_figure(self, digits_run):
+        lines = (digits_run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        (requested,) = [e for e in map(json.loads, lines) if e["kind"] == "requested"]
+        assert requested["goal"] == digits_run.record.goal.text and requested["recipe"] == digits_run.record.recipe
+        figures = {e["name"]: e for e in map(json.loads, lines) if e["kind"] == "figures"}
+        for name, candidate in by_name(digits_run.record).items():
+            assert figures[name]["latency_ms"] == candidate.measured.latency_ms.median
+            assert (figures[name]["drop"], figures[name]["met"]) == (candidate.drop, candidate.met)
+        assert figures["artifact"]["packed_bytes"] == digits_run.record.artifact.packed_bytes
+
+    def test_a_log_that_hears_the_run_has_its_parameters_and_figures(self, digits_run):
+        memory = Memory()
+        log = Log("memory", memory)
+        for line in (digits_run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            log(json.loads(line))
+        assert memory.name == digits_run.folder.name and memory.parameters["seed"] == digits_run.record.seed
+        assert memory.values["metric"] == [(0, digits_run.record.artifact.metric)] and memory.ended == [None]
+        assert {f"{name}/latency_ms" for name in by_name(digits_run.record)} <= set(memory.values)
+        assert memory.words["chosen"] == digits_run.record.goal.chosen
+
     def test_the_checkpoint_reloads_to_the_same_bits(self, digits_run, digits_source, task):
         model = open_source(digits_source).module
         draft = pj.load_checkpoint(digits_run.folder, model, task)
@@ -168,6 +191,26 @@ class TestFolder:
         session = isolated.open_artifact(digits_run.artifact, 1)
         (answers,) = session.run([task.calibration[0].numpy()])
         assert np.abs(answers - mine.numpy()).max() < 0.02 * np.ptp(answers)
+
+
+def test_a_log_hears_a_run_from_its_start_and_is_closed_where_it_breaks_off(task, tmp_path, monkeypatch):
+    memories = []
+
+    def opened(where, tell):
+        memories.append(Memory())
+        return Log(where, memories[-1], tell)
+
+    monkeypatch.setattr("penjing.watch.log.open_log", opened)
+    with raises_case(SourceError, "missing"):
+        pj.compress("none.py:trained", task, log=["mlflow:x", "wandb:y"], out=tmp_path / "run", runtime="onnxruntime")
+    ended = [failure for memory in memories for failure in memory.ended]
+    assert len(ended) == 2 and all(failure.startswith("SourceError: ") for failure in ended)
+
+
+def test_a_log_that_is_none_is_refused_before_anything_is_done(task, tmp_path):
+    with raises_case(UsageError, "log"):
+        pj.compress(torch.nn.Identity(), task, log="comet:x", out=tmp_path / "run", runtime="onnxruntime")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_seed_the_same_bits(

@@ -145,6 +145,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
             resume=parsed.resume,
             force=parsed.force,
             listeners=[progress],
+            log=parsed.log,
             target=parsed.target,
         )
     record = result.record

@@ -111,6 +111,13 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
     command.add_argument("--resume", action="store_true", help="resume the run in --out")
     command.add_argument("--force", action="store_true", help="replace the run in --out")
+    command.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="KIND:PLACE",
+        help="watch the run from outside: mlflow:URI, tensorboard:DIR or wandb:PROJECT; repeatable",
+    )
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument(
         "--batch", type=values.positive, default=1, help="samples per timed call (default: %(default)s)"

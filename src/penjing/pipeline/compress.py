@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from penjing import measure
+from penjing import measure, watch
 from penjing.errors import UsageError
 from penjing.goals.goal import Goal
 from penjing.measure import time_limits
@@ -178,6 +178,7 @@ def run(
     out: Path | str = "runs/compress",
     resume: bool = False,
     force: bool = False,
+    log: str | Sequence[str] = (),
     **options: Any,
 ) -> Result:
     """Run one recipe for one runtime; `options` and the others as in `compress`.
@@ -188,7 +189,8 @@ def run(
     if goal is None and options.get("target") is None:
         goal = Goal(minimize="latency_ms")
     order = order_of(model, task, goal, runtime=runtime, recipe=recipe, **options)
-    return carry_out(order, out, resume=resume, force=force)
+    with watch.logging(log, order.listeners) as heard:
+        return carry_out(replace(order, listeners=heard), out, resume=resume, force=force)
 
 
 # Thirteen arguments: the public contract, as of `compress`.

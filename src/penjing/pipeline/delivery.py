@@ -11,8 +11,10 @@ from penjing.pipeline import drafts, evidence, intact, targeting
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.judging import Judged
 from penjing.pipeline.prepare import Prepared
-from penjing.pipeline.run import Variant
+from penjing.pipeline.run import Run, Variant
 from penjing.records import Record, to_json
+from penjing.records.comparison import value
+from penjing.records.figures import FIGURES
 from penjing.records.files import write_text
 from penjing.records.folder import ARTIFACT, RECORD
 from penjing.records.manifest import read_manifest
@@ -37,11 +39,21 @@ def deliver(prepared: Prepared, judged: Judged) -> Record:
     checkpoint.save(replace(draft, plan=plan), path)
     evidence.store_planned(run.folder, run.task, draft.network, plan)
     html.write(record, path / "report.html")
-    run.events("done", met=record.goal.met, reason=record.goal.reason, chosen=record.goal.chosen)
+    _tell(run, record)
     record = replace(record, files=intact.hashes(path))
     write_text(path / RECORD, to_json(record))
     run.folder.finish()
     return record
+
+
+def _tell(run: Run, record: Record) -> None:
+    """Every candidate's figures, the artifact's, and the verdict, as events."""
+    for candidate in (*record.candidates, *record.rejected):
+        figures = {name: number for name, figure in FIGURES.items() if (number := figure.of(candidate)) is not None}
+        run.events("figures", name=candidate.name, met=candidate.met, reason=candidate.reason, **figures)
+    figures = {name: number for name in FIGURES if (number := value(record, name)) is not None}
+    run.events("figures", name="artifact", met=record.goal.met, reason=record.goal.reason, **figures)
+    run.events("done", met=record.goal.met, reason=record.goal.reason, chosen=record.goal.chosen)
 
 
 def _record(prepared: Prepared, judged: Judged) -> Record:

@@ -120,6 +120,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         requests.check_files(folder.path, finished)
         return finished
     run.events.into(folder.path / EVENTS)
+    run.events("requested", folder=str(folder.path), resumed=folder.resumed, **request)
     notes = [requests.untrained(recipe), requests.undropped(recipe, opened.module), told]
     notes += [targeting.told(order.target) if order.target is not None else None]
     notes += [direction.text if direction is not None else None]

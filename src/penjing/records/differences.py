@@ -83,7 +83,7 @@ def _of_recipes(recipes: Mapping[str, Sequence[Any]]) -> Iterator[Difference]:
     # A step that one recipe has twice is numbered in all of them.
     often = {name for of_run in labels.values() for name, turn in of_run if turn > 1}
     by_run = {
-        run: {f"{name} {turn}" if name in often else name: _settings(entry) for (name, turn), entry in of_run.items()}
+        run: {f"{name} {turn}" if name in often else name: settings_of(entry) for (name, turn), entry in of_run.items()}
         for run, of_run in labels.items()
     }
     for step in dict.fromkeys(step for steps in by_run.values() for step in steps):
@@ -118,10 +118,10 @@ def _labels(recipe: Sequence[Any]) -> dict[tuple[str, int], Any]:
     return steps
 
 
-def _settings(value: Any, where: str = "") -> dict[str, Any]:
-    """The settings of a step by their path; a step within a step is gone into.
+def settings_of(value: Any, where: str = "") -> dict[str, Any]:
+    """The settings of a step, as a recipe has it, by their path; a step within a step is gone into.
 
-    >>> _settings({"epochs": 2, "clip": [{"Clip": {"norm": 1.0}}], "layers": ["a", "b"], "teacher": None})
+    >>> settings_of({"epochs": 2, "clip": [{"Clip": {"norm": 1.0}}], "layers": ["a", "b"], "teacher": None})
     {'epochs': 2, 'clip[0].Clip.norm': 1.0, 'layers': ['a', 'b'], 'teacher': None}
     """
     if isinstance(value, Mapping) and value:
@@ -130,4 +130,4 @@ def _settings(value: Any, where: str = "") -> dict[str, Any]:
         inner = [(f"{where}[{i}]", part) for i, part in enumerate(value)]
     else:
         return {where: list(value) if isinstance(value, tuple) else value}
-    return {path: leaf for name, part in inner for path, leaf in _settings(part, name).items()}
+    return {path: leaf for name, part in inner for path, leaf in settings_of(part, name).items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from torch.export import ExportedProgram
 
+from penjing import watch
 from penjing.errors import UsageError
 from penjing.goals.goal import Goal
 from penjing.pipeline.compress import Result, carry_out, order_of
@@ -23,7 +25,7 @@ from penjing.tasks.undisturbed import same_process
 from penjing.tasks.usercode import never_exiting
 
 
-# Twenty arguments: the public contract of a run. The body is short; its length is their documentation.
+# Twenty-two arguments: the public contract of a run. The body is short; its length is their documentation.
 @suggesting
 @never_exiting()
 @same_process()
@@ -48,6 +50,7 @@ def compress(
     resume: bool = False,
     force: bool = False,
     listeners: Sequence[Listener] = (),
+    log: str | Sequence[str] = (),
     reference: str | nn.Module | ExportedProgram | None = None,
     target: str | Path | Target | None = None,
 ) -> Result:
@@ -82,6 +85,7 @@ def compress(
         resume: Go on with the run in `out`.
         force: Replace the run in `out`.
         listeners: Called with every event (a dict).
+        log: What watches the run from outside, one or several: ``mlflow:URI``, ``tensorboard:DIR``, ``wandb:PROJECT``.
         reference: The network that `drop` is against, where that is not `model`: for a second run on a pruned
             network, the one before pruning. Parity stays against `model`.
         target: One of ``penjing targets``, or a profile of your own (``mine.yaml``): formats are chosen for that
@@ -101,7 +105,8 @@ def compress(
                 code="no-budget", got=study or cluster, expected="minutes or trials beside it",
                 remedy="minutes=10 searches for ten minutes",
             )  # fmt: skip
-        return carry_out(order, out, resume=resume, force=force)
+        with watch.logging(log, listeners) as heard:
+            return carry_out(replace(order, listeners=heard), out, resume=resume, force=force)
     if recipe is not None or exclude:
         raise UsageError(
             "a search chooses the recipe itself",
@@ -110,6 +115,6 @@ def compress(
             expected="one of both",
             remedy="leave minutes and trials out to carry one recipe out",
         )
-    return search(
-        order, Budget(minutes=minutes, trials=trials, study=study, cluster=cluster), out, resume=resume, force=force
-    )
+    budget = Budget(minutes=minutes, trials=trials, study=study, cluster=cluster)
+    with watch.logging(log, listeners) as heard:
+        return search(replace(order, listeners=heard), budget, out, resume=resume, force=force)
