@@ -60,10 +60,11 @@ class Line(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention, layer norm, GELU: integers in the linear layers alone."""
+    """Attention, layer norm, GELU, dropout: integers in the linear layers and additions alone."""
 
     def __init__(self):
         super().__init__()
+        self.drop = nn.Dropout(0.1)
         self.mix = nn.Linear(16, 48)
         self.join = nn.Linear(16, 16)
         self.norm = nn.LayerNorm(16)
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.mix(x).chunk(3, -1))
-        x = x + self.join(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.drop(self.join(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 

@@ -18,12 +18,15 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from penjing.network.exporting import Dynamic, export, with_plain_outputs
-from penjing.network.graph import compute
+from penjing.network.graph import compute, kind
 from penjing.network.naming import free_name
 from penjing.numerics import operators
 
 _SITE = "penjing_site"  # in metadata that torch carries through export, decompositions and files
 _EPS = torch.finfo(torch.float32).eps  # the smallest scale of a range that is taken at run time
+
+IDLE = ("dropout", "identity")
+"""Kinds of operator that do nothing in eval mode."""
 
 Keeps = Callable[[fx.GraphModule, list[fx.Node], torch.Tensor], bool]
 """Whether a stored tensor stays in integers, from the network, the operators that read it, and its integers."""
@@ -80,10 +83,22 @@ def in_operators_of_torch(network: fx.GraphModule, keeps: Keeps = narrow, by_cha
         new.meta["custom"] = node.meta["custom"]
         node.replace_all_uses_with(new)
         network.graph.erase_node(node)
+    _without_idle(network)
     network.graph.eliminate_dead_code()
     _forget_unread(network)
     network.recompile()
     return network
+
+
+def _without_idle(network: fx.GraphModule) -> None:
+    """Drop what gives its input in eval mode.
+
+    ExecuTorch's XNNPACK takes a linear layer in integers if a quantizer follows; a dropout between is removed too late.
+    """
+    for node in list(network.graph.nodes):
+        if kind(network, node) in IDLE and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            network.graph.erase_node(node)
 
 
 def _forget_unread(network: fx.GraphModule) -> None:

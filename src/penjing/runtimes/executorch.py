@@ -92,18 +92,18 @@ def _for_kernels(network: Any, readers: list[Any], stored: Any) -> bool:
 
 def _reads_and_writes_integers(network: Any, node: Any) -> bool:
     from penjing.network.graph import kind
+    from penjing.runtimes.decomposed import IDLE
 
     if kind(network, node) not in ("conv", "conv_transpose", "linear"):
         return False
     end = node
-    while len(end.users) == 1 and kind(network, next(iter(end.users))) in ("relu", "clip", *SILENT):
+    while len(end.users) == 1 and kind(network, next(iter(end.users))) in ("relu", "clip", *IDLE):
         end = next(iter(end.users))
     # Penjing's quantizers, or torch's, if they have been written already.
     before, behind = str(node.args[0].target), [str(user.target) for user in end.users]
     return ".dequantize" in before and len(behind) == 1 and ".quantize" in behind[0]
 
 
-SILENT = ("dropout", "identity")  # the export removes them
 LOWERING_S = 300.0  # beyond what a file's size explains: a network of six layers took 12 s of one core
 MANY = 19
 """Samples of the example that is lowered: torch asks whether sizes are equal, and one of two would often equal another;
