@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from penjing.errors import ExportError
 from penjing.network.capture import capture_network
 from penjing.quantize import Dynamic, Static
 from penjing.runtimes.decomposed import decomposed, site
@@ -16,6 +17,7 @@ from penjing.steps.plan import GENERIC, Entry, QuantSpec
 from penjing.steps.step import Context
 from penjing.surgery import freeze
 from penjing.tasks.task import Task
+from tests.raises import raises_case
 
 SIGNED = QuantSpec(symmetric=False)
 UNSIGNED = QuantSpec(signed=False, symmetric=False)
@@ -123,3 +125,26 @@ def test_a_linear_layer_with_a_range_at_run_time_is_quantizers_and_a_product():
     x = torch.randn(4, 3, 9, 9)
     step = network(x).abs().max() / 64
     assert (program.module()(x)[0] - network(x)).abs().max() < step
+
+
+@torch.library.custom_op("penjing_tests::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+@turned.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Turned(torch.nn.Module):
+    def forward(self, x):
+        return turned(x) + 1
+
+
+def test_an_operator_of_another_library_is_named_before_a_converter_sees_it():
+    network = capture_network(Turned(), (torch.randn(2, 3),))
+    with raises_case(ExportError, "custom-operator") as refusal:
+        decomposed(network, ((torch.randn(2, 3),), {}), None)
+    assert refusal.value.got == "penjing_tests.turned.default"
+    assert "/turned#0" in refusal.value.what and "turned(x) + 1" in refusal.value.what

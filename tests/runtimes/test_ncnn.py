@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from penjing import measure, runtimes
@@ -11,6 +12,7 @@ from penjing.network.capture import capture_network
 from penjing.numerics import grid
 from penjing.pipeline import building
 from penjing.runtimes import isolated
+from penjing.runtimes.ncnn_convert import _where
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
@@ -234,6 +236,27 @@ def test_it_tells_half_precision_only_where_a_layer_computes_so(exported):
     assert {site for op in operators for site in op.sites} == {"stem", "body", "head"}
     for operator in operators:
         assert all((operator.precision == "fp16") == (site in halves) for site in operator.sites)
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def test_samples_that_affect_each_other_are_refused(tmp_path):
+    with raises_case(ExportError, "samples-together"):
+        export(Case(Centred, ((6,),), {}, ()), "ncnn", "fp32", tmp_path)
+
+
+def test_what_pnnx_calls_otherwise_is_found_in_the_network():
+    class Network(nn.Module):
+        def forward(self, x):
+            return torch.linalg.inv(x) + F.max_pool2d(x[:, None], 2, return_indices=True)[1].sum()
+
+    network = capture_network(Network(), (torch.randn(2, 4, 4),))
+    named = {"F.max_pool2d": "/max_pool2d", "exit code -6: torch.inv(": "/linalg_inv", "aten::sort": ""}
+    for text, found in named.items():
+        assert _where(network, text, "").startswith(found) and bool(_where(network, text, "")) == bool(found)
 
 
 def test_an_operator_that_ncnn_lacks_is_named_with_its_line(tmp_path):

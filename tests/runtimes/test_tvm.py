@@ -113,10 +113,11 @@ def _operator(layer):
     from penjing.runtimes import tvm as runtime
     from penjing.runtimes import tvm_tuning
 
-    program = torch.export.export(layer, (torch.randn(2, 3, 4),))
+    call = (torch.randn(2, 3, 4),)
+    program = torch.export.export(layer, call)
     target = tvm.target.Target({"kind": "llvm", "num-cores": 1})
     with target:
-        module = tvm_tuning._lowered(runtime._relax(program))
+        module = tvm_tuning._lowered(runtime._relax(program, capture_network(layer, call)))
         (operator,) = tvm_tuning._operators(tvm_tuning._import(), module, target)
     return operator, target
 
@@ -153,6 +154,31 @@ def test_an_operator_that_tvm_lacks_is_named(built, tmp_path):
     with raises_case(ExportError, "unreadable") as refusal:
         _export(Sorts(), (torch.randn(2, 4, 4),), tmp_path)
     assert "svd" in refusal.value.got and not list(tmp_path.iterdir())
+    assert "/linalg_svdvals#0" in refusal.value.what and "test_tvm.py" in refusal.value.what
+
+
+class Grouped(nn.Module):
+    def forward(self, x):
+        return F.group_norm(x, 2)
+
+
+def test_an_operator_at_which_its_front_end_fails_is_named(built, tmp_path):
+    with raises_case(ExportError, "unreadable") as refusal:
+        _export(Grouped(), (torch.randn(2, 4, 4),), tmp_path)
+    assert "/group_norm#0" in refusal.value.what
+
+
+class Places(nn.Module):
+    def forward(self, x):
+        return torch.argsort(x, -1)
+
+
+def test_an_integer_output_has_the_type_of_the_manifest(built, tmp_path):
+    manifest = _export(Places(), (torch.randn(2, 6),), tmp_path)
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    (answer,) = isolated.open_artifact(tmp_path, 1).run([x])
+    assert answer.dtype == manifest.programs[0].outputs[0].dtype == "int64"
+    assert np.array_equal(answer, x.argsort(-1))
 
 
 def test_a_time_that_is_none_is_refused(monkeypatch):

@@ -17,12 +17,15 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import fx
 from torch.export import ExportedProgram
 
+from penjing.errors import ExportError
 from penjing.network.exporting import Dynamic, export, with_plain_outputs
-from penjing.network.graph import compute, kind
+from penjing.network.graph import compute, kind, line
+from penjing.network.graph import site as where
 from penjing.network.naming import free_name
 from penjing.numerics import operators
 
 _SITE = "penjing_site"  # in metadata that torch carries through export, decompositions and files
+_LIBRARIES = ("aten", "prims", "higher_order", "penjing", "quantized_decomposed")
 _EPS = torch.finfo(torch.float32).eps  # the smallest scale of a range that is taken at run time
 
 IDLE = ("dropout", "identity")
@@ -59,6 +62,28 @@ def site(node: fx.Node) -> str:
     return str((node.meta.get("custom") or {}).get(_SITE, ""))
 
 
+def sited(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a network, of which the nodes of an exported program tell their `site`."""
+    network = copy.deepcopy(network)
+    for node in network.graph.nodes:
+        if node.op in ("call_module", "call_function"):
+            node.meta["custom"] = {_SITE: str(node.meta.get("site", ""))}
+    return network
+
+
+def _refuse_foreign(network: fx.GraphModule) -> None:
+    """Raise ExportError for an operator of a user's or a third library: a converter's process does not have it."""
+    for node in network.graph.nodes:
+        if getattr(node.target, "namespace", _LIBRARIES[0]) not in _LIBRARIES:
+            raise ExportError(
+                f"the network has an operator that is not torch's: {where(node)}{line(node)}",
+                code="custom-operator",
+                got=str(node.target),
+                expected=f"operators of {', '.join(_LIBRARIES)}",
+                remedy="write it with torch's operators, or choose another runtime",
+            )
+
+
 def in_operators_of_torch(network: fx.GraphModule, keeps: Keeps = narrow, by_channel: bool = False) -> fx.GraphModule:
     """Return a copy of a frozen network with PyTorch's operators in the place of Penjing's.
 
@@ -69,12 +94,14 @@ def in_operators_of_torch(network: fx.GraphModule, keeps: Keeps = narrow, by_cha
         network: The network.
         keeps: See `decomposed`.
         by_channel: Write a scale for every channel also where a stored tensor has one in all.
+
+    Raises:
+        ExportError: An operator is of another library, which no converter knows.
     """
-    network = copy.deepcopy(network)
+    _refuse_foreign(network)
+    network = sited(network)
     writer = _Writer(network, keeps, by_channel)
     for node in list(network.graph.nodes):
-        if node.op in ("call_module", "call_function"):
-            node.meta["custom"] = {_SITE: str(node.meta.get("site", ""))}
         write = writer.writers.get(node.target)
         if write is None:
             continue

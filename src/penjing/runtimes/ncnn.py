@@ -59,9 +59,9 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     sizes = shapes(single, dynamic, words)
     with tempfile.TemporaryDirectory() as aside:
         (Path(aside) / "model.pt").write_bytes(scripted(floats, single))
-        written = converted(Path(aside), sizes)
+        written = converted(network, Path(aside), sizes)
         layers, data = read_param(written["param"].decode()), written["bin"]
-        halved = converted(Path(aside), sizes, half=True)["bin"] if precision == "fp16" else data
+        halved = converted(network, Path(aside), sizes, half=True)["bin"] if precision == "fp16" else data
     refuse_unknown(layers, network)
     places = placed(layers, data, weighted)
     layers = [layer.called(places[i][0].site if i in places else "") for i, layer in enumerate(layers)]

@@ -16,10 +16,11 @@ from penjing.records.manifest import Port
 from penjing.runtimes.ncnn_files import NO_BATCH, Layer
 
 
-def converted(aside: Path, shapes: Sequence[Sequence[str]], half: bool = False) -> dict[str, bytes]:
+def converted(network: Any, aside: Path, shapes: Sequence[Sequence[str]], half: bool = False) -> dict[str, bytes]:
     """What pnnx writes for `model.pt`: "param" and "bin" of ncnn, and "py", an example of their use, which is read.
 
     Args:
+        network: Of which `model.pt` was made, for errors.
         aside: The folder of `model.pt`, for what pnnx writes.
         shapes: Sizes of the inputs as pnnx names them; of each input the same, or several where they vary.
         half: Store weights in half precision.
@@ -33,9 +34,9 @@ def converted(aside: Path, shapes: Sequence[Sequence[str]], half: bool = False) 
         if not ended:
             return {word: (aside / name).read_bytes() for word, name in _WRITTEN.items()}
     raise ExportError(
-        "pnnx can't convert the network",
+        f"pnnx can't convert the network{_where(network, ended, ': ')}",
         code="unreadable",
-        got=ended[:400],
+        got=ended[-400:],
         expected="operators of torch that pnnx knows",
         remedy="write that operator with others, or choose another runtime",
     )
@@ -63,7 +64,7 @@ def _run(aside: Path, options: list[str]) -> str:
         return f"no answer in {error.timeout:.0f} s"
     if all((aside / name).is_file() for name in _WRITTEN.values()):
         return ""
-    last = " ".join(line for line in done.stderr.splitlines()[-4:] if line.strip())
+    last = " ".join(line.strip() for line in done.stderr.splitlines()[-12:] if line.strip())
     return f"exit code {done.returncode}: {last}"
 
 
@@ -83,16 +84,26 @@ def refuse_unknown(layers: Sequence[Layer], network: Any) -> None:
     if not unknown:
         return
     named = [kind for kind in unknown if not kind.startswith("pnnx.")]  # what pnnx could not compute itself, mostly
-    words = tuple(re.split(r"[.:]+", kind)[-1] for kind in named)
-    nodes = [n for n in network.graph.nodes if n.op == "call_function" and operator_name(n).endswith(words)]
-    where = f" for {' or '.join(site(node) + line(node) for node in nodes[:3])}" if words and nodes else ""
     raise ExportError(
-        f"ncnn has no layer{where}",
+        f"ncnn has no layer{_where(network, ' '.join(named), ' for ')}",
         code="no-operator",
         got=", ".join(dict.fromkeys(named or unknown)),
         expected="operators of torch that pnnx translates to layers of ncnn",
         remedy="write it with other operators, or choose another runtime",
     )
+
+
+def _where(network: Any, text: str, before: str) -> str:
+    """The operators of a network that a text names, such as "aten::sort", "F.max_pool2d" or "ops.mine.spin(…)"."""
+    words = set(re.split(r"[^A-Za-z0-9_]+", text))
+    nodes = [n for n in network.graph.nodes if n.op == "call_function" and words & _names(n)]
+    return before + " or ".join(site(node) + line(node) for node in nodes[:3]) if nodes else ""
+
+
+def _names(node: Any) -> set[str]:
+    """What pnnx may call an operator: `max_pool2d_with_indices` is `max_pool2d` there, and `linalg_inv` `inv`."""
+    name = operator_name(node)
+    return {name, name.removeprefix("_"), name.removesuffix("_with_indices"), name.removeprefix("linalg_")}
 
 
 def batches(text: str, inputs: Sequence[Port]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from penjing.records.manifest import Port
+from penjing.runtimes.single_sample import alike, together
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.sample_axes import along_samples
 
@@ -35,6 +36,9 @@ def ports(
         words: Names of the inputs in the network's forward.
         inputs: Names of the inputs in the artifact.
         outputs: Names of the outputs in the artifact.
+
+    Raises:
+        ExportError: The samples of a batch affect each other: ncnn is called for one after the other.
     """
     answers = []
     with torch.no_grad():
@@ -42,6 +46,11 @@ def ports(
             args, kwargs = resized(call, dynamic, samples)
             answers.append(([*args, *kwargs.values()], flatten_outputs(network(*args, **kwargs))[0]))
     (few, given), (more, again) = answers
+    for number, (a, b) in enumerate(zip(given, again, strict=True)):
+        axis = next((i for i, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if n != m), None)
+        first = b if axis is None else b.narrow(axis, 0, min(a.shape[axis], b.shape[axis]))
+        if first.shape != a.shape or not alike(a, first):
+            raise together("ncnn", number)
     batch = _batch_name(dynamic)
     declared = [_declared(dynamic, word, i) for i, word in enumerate(words)]
     taken = tuple(_port(n, a, b, batch, axes) for n, a, b, axes in zip(inputs, few, more, declared, strict=True))

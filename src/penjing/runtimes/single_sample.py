@@ -148,19 +148,24 @@ def _output_axes(
         longer = [i for i, (n, m) in enumerate(zip(both.shape, a.shape, strict=True)) if n != m]
         place = longer[0] if len(longer) == 1 and both.shape[longer[0]] == 2 * a.shape[longer[0]] else None
         expected = torch.cat([a, b], place) if place is not None else a
-        if expected.shape != both.shape or not _alike(expected, both) or (place is None and not _alike(a, b)):
-            raise ExportError(
-                f"{runtime} runs a network sample by sample, and the samples of a batch affect each other here",
-                code="samples-together",
-                got=f"output {number} of two samples differs from the outputs of each",
-                expected="a network whose answer to a sample does not depend on the others of its batch",
-                remedy="fix the batch, Task(dynamic={}), or choose another runtime",
-            )
+        if expected.shape != both.shape or not alike(expected, both) or (place is None and not alike(a, b)):
+            raise together(runtime, number)
         places.append(place)
     return places
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def together(runtime: str, number: int) -> ExportError:
+    """The error of a network whose answer to a sample depends on the others of its batch; `number` is the output's."""
+    return ExportError(
+        f"{runtime} runs a network sample by sample, and the samples of a batch affect each other here",
+        code="samples-together",
+        got=f"output {number} of several samples differs from the outputs of each",
+        expected="a network whose answer to a sample does not depend on the others of its batch",
+        remedy="fix the batch, Task(dynamic={}), or choose another runtime",
+    )
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two outputs are equal but for what another order of sums does, with quantizers behind them."""
     if not a.is_floating_point():  # for example ranks, which nearly equal values swap
         return not a.numel() or bool((a != b).double().mean() <= 0.1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     """Write model.so, for one sample and for this processor."""
     import torch
 
-    from penjing.runtimes import isolated, single_sample
+    from penjing.runtimes import decomposed, isolated, single_sample
     from penjing.tasks.outputs import output_names
 
-    program, inputs, outputs = single_sample.exported(network, call, dynamic, output_names(structure), "TVM")
+    names = output_names(structure)
+    program, inputs, outputs = single_sample.exported(network, call, dynamic, names, "TVM", decomposed.sited)
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside) / "relax.json"
-        path.write_text(_relax(program), encoding="utf-8")
+        path.write_text(_relax(program, network), encoding="utf-8")
         library = folder.absolute() / "model.so"
         budget = seconds()
         threads = torch.get_num_threads()
@@ -94,8 +96,8 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     )
 
 
-def _relax(program: Any) -> str:
-    """The program as Relax, in JSON.
+def _relax(program: Any, network: Any) -> str:
+    """The program of a network as Relax, in JSON.
 
     Raises:
         ExportError: TVM's front end has no such operator.
@@ -103,15 +105,13 @@ def _relax(program: Any) -> str:
     import tvm
     from tvm.relax.frontend.torch import from_exported_program
 
-    from penjing.network.graph import line
-
+    program = program.run_decompositions()
     try:
-        module = from_exported_program(program.run_decompositions(), keep_params_as_input=False)
+        module = from_exported_program(program, keep_params_as_input=False)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
-        culprit = next((n for n in program.graph.nodes if n.op == "call_function" and _name(n) in text), None)
         raise ExportError(
-            f"TVM can't read the network{'' if culprit is None else f': {_name(culprit)}{line(culprit)}'}",
+            f"TVM can't read the network{_culprit(error, text, program, network)}",
             code="unreadable",
             got=f"{type(error).__name__}: {text}",
             expected="operators that the Relax front end of TVM knows",
@@ -120,8 +120,32 @@ def _relax(program: Any) -> str:
     return str(tvm.ir.save_json(module))
 
 
+def _culprit(error: BaseException, text: str, program: Any, network: Any) -> str:
+    """The operator that the front end has no form of, or that it was translating, in words; empty if neither is told.
+
+    Args:
+        error: What it raised.
+        text: Its words, such as "Unsupported function types ['amax.default']".
+        program: What was translated.
+        network: Of which the program was made.
+    """
+    from torch import fx
+
+    from penjing.network.graph import line, sites
+    from penjing.runtimes.decomposed import site
+
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and f"'{_name(n)}'" in text]
+    nodes += [n for frame, _ in traceback.walk_tb(error.__traceback__)
+              if isinstance(n := frame.f_locals.get("node"), fx.Node) and n.op == "call_function"]  # fmt: skip
+    if not nodes:
+        return ""
+    own = sites(network).get(site(nodes[0]))
+    return f": {site(nodes[0]) or nodes[0].name} ({_name(nodes[0])}){'' if own is None else line(own)}"
+
+
 def _name(node: Any) -> str:
-    return str(node.target).removeprefix("aten.")
+    """What the front end calls an operator: without its library."""
+    return str(node.target).partition(".")[2]
 
 
 def build(path: str, library: str, budget: float, threads: int) -> str:
@@ -149,6 +173,7 @@ class _Session:
             )
         tvm.get_global_func("runtime.config_threadpool")(1, threads)
         self.tvm, self.axes = tvm, axes(manifest.programs[0])
+        self.types = [port.dtype for port in manifest.programs[0].outputs]
         self.main = relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"]
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -158,7 +183,9 @@ class _Session:
     def _one(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         given = [self.tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs]
         results = self.main(*given)
-        return [x.numpy() for x in ([results] if hasattr(results, "numpy") else results)]
+        values = [x.numpy() for x in ([results] if hasattr(results, "numpy") else results)]
+        # The front end makes some integers of another width.
+        return [x.astype(kind, copy=False) for x, kind in zip(values, self.types, strict=True)]
 
 
 def processor() -> str:
@@ -210,7 +237,8 @@ def axes(ports):
 def one(inputs):
     """It is compiled for a single sample."""
     results = machine["main"](*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs))
-    return [x.numpy() for x in ([results] if hasattr(results, "numpy") else results)]
+    values = [x.numpy() for x in ([results] if hasattr(results, "numpy") else results)]
+    return [x.astype(port["dtype"], copy=False) for x, port in zip(values, PROGRAM["outputs"])]
 
 
 def run(inputs):
