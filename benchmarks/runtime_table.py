@@ -87,6 +87,7 @@ def cell(name: str, runtime: str, folder: Path) -> None:
     from penjing.steps.draft import Draft
     from penjing.steps.plan import Plan
     from penjing.steps.step import Context
+    from penjing.surgery import insert
     from penjing.tasks.outputs import flatten_outputs
 
     torch.set_num_threads(THREADS)
@@ -119,8 +120,9 @@ def cell(name: str, runtime: str, folder: Path) -> None:
             with torch.no_grad():
                 original = [t.numpy() for t in flatten_outputs(network(*call[0], **call[1]))[0]]
             answers = session.run(evidence.arrays(manifest, call))
-            near, far = evidence.compared(original, task, session, answers, draft, captured, manifest)
             plan = draft.plan if precision == "int8" else Plan()
+            planned = insert(draft.network, plan)
+            near, far = evidence.compared(original, task, session, answers, planned, captured, manifest)
             rows, integer, floating = building.executed_rows(captured, plan, task.call(), manifest, place)
             row |= {"planned_db": near.least_db, "limit_db": near.worst.limit_db, "holds": near.worst.holds}
             row |= {"source_db": far.least_db, "agreement": far.agreement}

@@ -28,6 +28,7 @@ from penjing.records.record import (
     Zeros,
 )
 from penjing.records.runs import RunRow
+from penjing.records.search import SearchRow, TrialRow
 
 __all__ = [
     "BranchesRow",
@@ -61,7 +62,9 @@ __all__ = [
     "RunRow",
     "SensitivityRow",
     "StepCost",
+    "SearchRow",
     "TargetRow",
+    "TrialRow",
     "Training",
     "WEIGHTS_FILE",
     "Zeros",
