@@ -24,15 +24,15 @@ def epoch_seconds(network: fx.GraphModule, data: Iterable[Any], labels: bool, st
 
     Args:
         network: A captured network.
-        data: Of the task: batches of (inputs, target), or of inputs alone.
-        labels: Whether the batches have targets.
+        data: Batches of (inputs, target), or calls.
+        labels: Whether they are batches with targets.
         steps: That are timed, after a first one that is not.
     """
     learner = copy.deepcopy(network)
     seconds = []
     with preserve_rng_state(), torch.enable_grad():
         for batch in itertools.islice(data, steps + 1):
-            args, kwargs = as_call(batch[0] if labels else batch)
+            args, kwargs = as_call(batch[0]) if labels else batch
             start = time.perf_counter()
             outputs = flatten_outputs(learner(*args, **kwargs))[0]
             sum(o.float().square().mean() for o in outputs if o.is_floating_point()).backward()
