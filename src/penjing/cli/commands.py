@@ -29,6 +29,7 @@ from penjing.cli.inspecting import (
     show_activations,
     show_branches,
     show_device,
+    show_diagnosis,
     show_floats,
     show_gains,
     show_group,
@@ -193,6 +194,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     show_branches(inspection, out)
     show_gains(inspection, out)
     show_floats(inspection, out)
+    show_diagnosis(inspection, out)
     if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")
         out.print(table.noise(inspection.noise))

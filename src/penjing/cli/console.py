@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.text import Text
 
 from penjing.cli import searching
+from penjing.records import Diagnosis, Effort, from_dict
+from penjing.report import expected
 from penjing.report.numbers import metric
 from penjing.report.table import legible
 
@@ -87,6 +89,12 @@ class Progressing:
             name = escape(event["metric_name"])
             text = f"source {name} [bold]{escape(value)}[/bold]: as you expect? (if not, stop here: Ctrl-C)"
             self.console.print(text, highlight=False)
+        elif kind == "diagnosis":
+            for line in expected.brief(from_dict(Diagnosis, _values(event))):
+                self.console.print(f"          {line}", highlight=False, markup=False)
+        elif kind == "effort":
+            text = expected.effort(from_dict(Effort, _values(event)))
+            self.console.print(f"          {text}", highlight=False, markup=False)
         elif kind == "candidate" and event["metric"] is not None:
             self.console.print(f"          {event['name']}: {event['metric']:.4f}", highlight=False, markup=False)
         elif kind == "warning":
@@ -132,3 +140,7 @@ class Progressing:
         elif time.monotonic() - self.told > 10:  # a log file: a line every ten seconds
             self.told = time.monotonic()
             self.console.print(f"          {label} {done}/{total}", highlight=False, markup=False)
+
+
+def _values(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in ("kind", "time")}

@@ -25,6 +25,16 @@ def show_gains(inspection: Inspection, out: Terminal) -> None:
             out.print(f"  {line}", markup=False, highlight=False)
 
 
+def show_diagnosis(inspection: Inspection, out: Terminal) -> None:
+    """Print what the network will gain at most, and why not more."""
+    from penjing.report import expected
+
+    if inspection.diagnosis is not None:
+        out.print("\n[bold]what to expect[/bold]")
+        for line in expected.lines(inspection.diagnosis):
+            out.print(f"  {line}", markup=False, highlight=False)
+
+
 def show_branches(inspection: Inspection, out: Terminal) -> None:
     """Print where values of different kinds meet on the way to an output, with their layers."""
     from penjing.report import table

@@ -19,6 +19,11 @@ def _table(opset: int, operators: int) -> ONNXRegistry:
     return ONNXRegistry.from_torchlib(opset)
 
 
+def table(opset: int) -> ONNXRegistry:
+    """The table of an opset, to be read alone."""
+    return _table(opset, _operators())
+
+
 def _operators() -> int:
     """How many operators are registered: the table has rows for packages that were imported before it was built."""
     return len(torch._C._dispatch_get_all_op_names())

@@ -84,7 +84,7 @@ def _exported(
     inputs = input_names(network, *call)
     # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
     # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
-    with _quiet(), torch.no_grad(), read_once(OPSET), node_by_node():
+    with quiet(), torch.no_grad(), read_once(OPSET), node_by_node():
         try:
             exported = torch.onnx.export(
                 program,
@@ -132,8 +132,11 @@ def _culprit(network: fx.GraphModule, message: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter logs what is missing in its own surroundings and prints its progress; the user asked for neither."""
+def quiet() -> Iterator[None]:
+    """Nothing is shown inside the block.
+
+    The exporter logs what is missing in its own surroundings and prints its progress; the user asked for neither.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]  # what it can't fold stays as it is
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 
 from penjing import measure
-from penjing.pipeline import drafts, evidence, intact, targeting
+from penjing.pipeline import diagnosis, drafts, evidence, intact, targeting
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.judging import Judged
 from penjing.pipeline.prepare import Prepared
@@ -27,6 +27,8 @@ from penjing.storage import checkpoint
 def deliver(prepared: Prepared, judged: Judged) -> Record:
     """Put what was chosen in place, the record last, with the hashes of the rest; then drop what was for a resume."""
     record, run = _record(prepared, judged), prepared.run
+    if prepared.diagnosis is not None:
+        record = replace(record, diagnosis=diagnosis.compared(prepared.diagnosis, record))
     chosen, path = judged.chosen, run.folder.path
     assert chosen is not None
     manifest = read_manifest(path / chosen.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,25 @@ from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
 from penjing.pipeline import gains, targeting
+from penjing.pipeline.diagnosis import diagnose, prepared
+from penjing.pipeline.findings import Prepared
 from penjing.pipeline.fitting import Excess, expected, would_break
 from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
 from penjing.quantize.output_branches import SAMPLES, meeting
-from penjing.quantize.placement import place
-from penjing.quantize.static import prepare
-from penjing.records import BranchesRow, CutRow, DeviceFigures, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records import (
+    BranchesRow,
+    CutRow,
+    DeviceFigures,
+    Diagnosis,
+    GainRow,
+    GroupRow,
+    LayerRow,
+    NoiseRow,
+    SensitivityRow,
+)
 from penjing.sources.source import Source, check_forward
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Capabilities
@@ -57,6 +66,7 @@ class Inspection:
     excesses: tuple[Excess, ...] = ()  # limits of the target that the network breaks
     device: DeviceFigures | None = None  # what it needs on the target, in the narrowest usual format there
     int8_activations: Activations | None = None  # the same with one byte for every value
+    diagnosis: Diagnosis | None = None  # what it will gain at most, and why not more
 
     @property
     def runs(self) -> bool:
@@ -118,7 +128,8 @@ def inspect(
             )
             for name, curve in curves.items()
         )
-    floats, notes = _blockers(network, device)
+    ready = {name: prepared(network, task.call(), known) for name, known in _known(device).items()}
+    refusals = _refused(network, task, asked, save_failing, events)
     macs = sum(r.macs for r in rows)
     return Inspection(
         source.name,
@@ -126,19 +137,20 @@ def inspect(
         parameters,
         macs,
         int(peak),
-        floats,
-        notes,
+        {name: mine.placement.floats for name, mine in ready.items()},
+        {name: mine.capabilities.notes for name, mine in ready.items()},
         explained,
         groups,
         dict(coupling.not_prunable),
         scan,
         branches=_branches(network, task),
-        refused=_refused(network, task, asked, save_failing, events),
+        refused=refusals,
         activations=activations(network, task.call()),
         int8_activations=activations(network, task.call(), 1),
         gains=gains.before_export(network, task.call(), _known(device).items()),
         excesses=() if device is None else would_break(device, network, task.call()),
         device=None if device is None else expected(device, network, task.call()),
+        diagnosis=_diagnosis(network, ready, device, refusals),
     )
 
 
@@ -195,14 +207,12 @@ def _known(target: Target | None) -> dict[str, Capabilities]:
     return here or {f"any runtime on {target.name}": targeting.expected(target)}
 
 
-def _blockers(
-    network: fx.GraphModule, target: Target | None
-) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
-    """What stays in floating point, and what is to be said, by runtime; for a target by its name too."""
-    floats, notes = {}, {}
-    for name, capabilities in _known(target).items():
-        mine = copy.deepcopy(network)
-        prepare(mine, capabilities)
-        floats[name] = place(mine, capabilities, {}).floats
-        notes[name] = capabilities.notes
-    return floats, notes
+def _diagnosis(
+    network: fx.GraphModule,
+    ready: Mapping[str, Prepared],
+    target: Target | None,
+    refused: Mapping[str, tuple[Refusal, ...]],
+) -> Diagnosis:
+    here = measure.machine(1)
+    sets = here.instruction_sets if target is None else target.instruction_sets
+    return diagnose(network, ready, sets, here.cores, here=target is None, refused=refused)

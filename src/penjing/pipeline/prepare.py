@@ -17,7 +17,7 @@ from penjing import measure, records
 from penjing.analyze.cost import cost
 from penjing.measure import energy, time_limits
 from penjing.numerics import compiled
-from penjing.pipeline import evidence, fitting, questions, reference, targeting
+from penjing.pipeline import evidence, fitting, forecast, questions, reference, targeting
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import Applied
 from penjing.pipeline.building import build
@@ -28,7 +28,7 @@ from penjing.pipeline.repeatable import capture_repeatable
 from penjing.pipeline.run import Run
 from penjing.randomness import seed_everything
 from penjing.recipes.recipe import Recipe
-from penjing.records import WEIGHTS_FILE, LayerRow, Machine, Measured, Record
+from penjing.records import WEIGHTS_FILE, Diagnosis, LayerRow, Machine, Measured, Record
 from penjing.records.events import Events
 from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
 from penjing.records.manifest import Manifest, read_manifest
@@ -64,6 +64,7 @@ class Prepared:
         structure: How the outputs are nested.
         doubts: About the metric, as far as the source alone shows them.
         search: What was tried, at the end of a search.
+        diagnosis: What is to be expected; None where that is not known.
     """
 
     order: Order
@@ -83,6 +84,7 @@ class Prepared:
     manifest: Manifest
     structure: Any
     doubts: tuple[Doubt | None, ...]
+    diagnosis: Diagnosis | None = None
     search: SearchRow | None = None
 
 
@@ -129,6 +131,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         run.warn(text)
     manifest, structure = store_source(run)
     source, layers = source_figures(run)
+    diagnosis = forecast.before(run, order)
     metrics, hashes, destroyed = questions.source_metrics(run, run.task)
     beside = metrics if original is None else reference.reference_metrics(run, run.task, original)
     run.events("source", name=opened.name, metric=metrics["evaluate"], metric_name=run.task.metric_name)
@@ -152,6 +155,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         manifest=manifest,
         structure=structure,
         doubts=(direction, destroyed),
+        diagnosis=forecast.with_effort(diagnosis, run, order, recipe),
     )
 
 
@@ -233,7 +237,9 @@ def store_source(run: Run) -> tuple[Manifest, Any]:
     start = time.perf_counter()
     with torch.no_grad():
         leaves, structure = flatten_outputs(run.network(*args, **kwargs))
-    time_limits.expect(time.perf_counter() - start, sum(t.numel() for t in (*args, *kwargs.values())))
+    took = time.perf_counter() - start
+    run.sample_s = took / evidence.SAMPLES
+    time_limits.expect(took, sum(t.numel() for t in (*args, *kwargs.values())))
     finite.check_answers(leaves, structure)
     if not (run.folder.path / SOURCE).exists():
         with run.costing("export source"), run.folder.building(SOURCE) as aside:

@@ -51,6 +51,7 @@ class Run:
         cache: Statistics that steps share.
         drafts: What each step made, or how it failed, by where it ran, its position and its branch.
         packed: Bytes of packed artifacts, by the hashes of their files.
+        sample_s: Seconds that the source took for one sample, measured when its answers were stored.
         costs: Of all stages, those before an interruption among them.
         trainings: Those that came to their end.
     """
@@ -70,6 +71,7 @@ class Run:
     cache: Cache = field(default_factory=Cache)
     drafts: dict[tuple[str, int, str], Draft | Exception] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
+    sample_s: float = 0.0
     costs: list[StepCost] = field(init=False)
     trainings: list[Training] = field(init=False)
     warnings: list[str] = field(default_factory=list)

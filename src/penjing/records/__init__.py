@@ -1,6 +1,7 @@
 """What a run writes: the record and its figures, manifest, events, run folder. Opens without torch."""
 
 from penjing.records.comparison import Comparison, Conflict, compare
+from penjing.records.diagnosis import SHOWN, Balance, Diagnosis, Effort, Expectation, Finding
 from penjing.records.differences import Difference
 from penjing.records.json_form import from_dict, read, to_json
 from penjing.records.layers import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
@@ -31,6 +32,7 @@ from penjing.records.runs import RunRow
 from penjing.records.search import SearchRow, TrialRow
 
 __all__ = [
+    "Balance",
     "BranchesRow",
     "Candidate",
     "Comparison",
@@ -40,9 +42,13 @@ __all__ = [
     "DeviceFigures",
     "DeviceParity",
     "DeviceRun",
+    "Diagnosis",
     "Difference",
+    "Effort",
     "Energy",
+    "Expectation",
     "FORMAT",
+    "Finding",
     "GainRow",
     "GoalLimit",
     "GoalResult",
@@ -60,6 +66,7 @@ __all__ = [
     "Reference",
     "Rejection",
     "RunRow",
+    "SHOWN",
     "SensitivityRow",
     "StepCost",
     "SearchRow",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from penjing.records.diagnosis import Diagnosis
 from penjing.records.layers import GainRow, LayerRow
 from penjing.records.parity import PairParity, Parity, Rejection
 from penjing.records.search import SearchRow
@@ -335,6 +336,7 @@ class Record:
     devices: tuple[DeviceRun, ...] = ()  # what was measured elsewhere and added afterwards
     weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
     target: TargetRow | None = None  # None: this machine
+    diagnosis: Diagnosis | None = None  # what was to be expected, and what came of it
     pairs: tuple[PairParity, ...] = ()  # artifacts with integers of different runtimes, compared with each other
     search: SearchRow | None = None  # where recipes were searched
     format: int = FORMAT

@@ -19,7 +19,7 @@ import jinja2
 
 from penjing import records
 from penjing.records import files
-from penjing.report import arithmetic, between, comparison, curves, numbers, scatter, skyline, verdict
+from penjing.report import arithmetic, between, comparison, curves, expected, numbers, scatter, skyline, verdict
 from penjing.report import trials as trial_rows
 from penjing.report.table import gains, legible
 
@@ -133,6 +133,9 @@ def vocabulary() -> Mapping[str, Any]:
         "setting": setting,
         "measures": skyline.MEASURES,
         "absent": numbers.ABSENT,
+        "times": expected.times,
+        "effort": expected.effort,
+        "ordered": expected.ordered,
     }
 
 
