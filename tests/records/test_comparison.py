@@ -10,6 +10,7 @@ from penjing.errors import RecordError, UsageError
 from penjing.records import Energy, Reference, to_json
 from penjing.records.comparison import PACE, side_by_side, value
 from penjing.records.runs import RunRow
+from penjing.records.search import SearchRow
 from tests.raises import raises_case
 from tests.report import sample_records
 
@@ -232,6 +233,15 @@ def test_data_source_machine_threads_versions_and_seed_are_told(big):
         ("timing", "threads"): {"a": 2, "b": 8},
         ("versions", "openvino"): {"a": "2026.4.1", "b": "2026.5"},
         ("seed", "seed"): {"a": 0, "b": 7},
+    }
+
+
+def test_what_was_searched_is_told(big):
+    row = SearchRow(trials=(), objective="latency_ms", stopped="converged", minutes=10)
+    assert changed(big, replace(big, search=row)) == {
+        ("search", "trials"): {"b": 0},
+        ("search", "minutes"): {"b": 10},
+        ("search", "stopped"): {"b": "converged"},
     }
 
 

@@ -20,8 +20,8 @@ class Difference:
     """One thing that is not the same in all runs.
 
     Attributes:
-        topic: "source", "task", "data", "goal", "recipe", "runtimes", "target", "machine", "timing",
-            "versions" or "seed".
+        topic: "source", "task", "data", "goal", "recipe", "search", "runtimes", "target", "machine",
+            "timing", "versions" or "seed".
         name: What of it; a setting of the recipe as "quantize.Static.weight_bits".
         values: Name of the run → its value, plain data; runs that have none are left out.
     """
@@ -39,7 +39,8 @@ def differences(runs: Sequence[RunRow]) -> tuple[Difference, ...]:
     return tuple(sorted(rows, key=lambda row: _TOPICS.index(row.topic)))  # which leaves the order within a topic
 
 
-_TOPICS = ("source", "task", "data", "goal", "recipe", "runtimes", "target", "machine", "timing", "versions", "seed")
+_TOPICS = ("source", "task", "data", "goal", "recipe", "search", "runtimes", "target", "machine", "timing",
+           "versions", "seed")  # fmt: skip
 
 
 def _facts(record: Record) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -56,6 +57,9 @@ def _facts(record: Record) -> Iterator[tuple[tuple[str, str], Any]]:
     for role, sha in record.data.items():
         yield ("data", role), sha[:_DIGITS]
     yield ("goal", "text"), record.goal.text
+    yield ("search", "trials"), None if record.search is None else len(record.search.trials)
+    yield ("search", "minutes"), None if record.search is None else record.search.minutes
+    yield ("search", "stopped"), None if record.search is None else record.search.stopped
     yield ("runtimes", "tried"), sorted({c.runtime for c in (*record.candidates, *record.rejected)})
     yield ("target", "name"), None if target is None else target.name
     yield ("target", "profile"), None if target is None else target.sha256[:_DIGITS]
