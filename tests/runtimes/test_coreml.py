@@ -8,12 +8,14 @@ from torch import nn
 pytest.importorskip("coremltools")
 
 from penjing import measure
-from penjing.errors import ArtifactError
+from penjing.errors import ArtifactError, ExportError
 from penjing.network.capture import capture_network
 from penjing.numerics.codebooks import LookedUp, Table
 from penjing.runtimes import coreml, coreml_operators, coreml_palettes, coreml_reading
 from penjing.surgery import freeze
 from penjing.tasks.task import Task
+from tests.raises import raises_case
+from tests.tiny_networks import Case, export
 
 
 @pytest.fixture
@@ -197,3 +199,14 @@ def test_in_single_precision_the_package_is_the_plan(exported):
 def test_operators_compute_what_the_definitions_say(name, arguments, expected):
     values = {key: torch.tensor(value) if key in ("x", "input") else value for key, value in arguments.items()}
     assert coreml_operators.OPERATORS[name](**values).tolist() == expected
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.erfinv(x.tanh())
+
+
+def test_an_operator_that_core_ml_has_no_form_of_is_named(tmp_path):
+    with raises_case(ExportError, "no-coreml-form") as refusal:
+        export(Case(Unknown, ((4,),), {}, ()), "coreml", "fp32", tmp_path)
+    assert "/erfinv#0 (aten.erfinv.default)" in refusal.value.what

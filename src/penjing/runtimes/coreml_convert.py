@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import operator
+import re
 import shutil
+import traceback
 import uuid
 import warnings
 from pathlib import Path
@@ -68,7 +70,7 @@ def convert(folder: str, package: str, half: bool, inputs: list[str], outputs: l
             )
     except Exception as error:
         raise ExportError(
-            "Core ML has no form of the network",
+            f"Core ML has no form of the network{_culprit(error, program)}",
             code="no-coreml-form",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
             expected="operators that coremltools converts",
@@ -77,6 +79,16 @@ def convert(folder: str, package: str, half: bool, inputs: list[str], outputs: l
     spec = model.get_spec()
     _rename(spec, inputs, outputs)
     _write(spec, Path(model.weights_dir), Path(package))
+
+
+def _culprit(error: BaseException, program: Any) -> str:
+    """The operator that coremltools was converting, or that its words name, in words; empty if neither is told."""
+    from penjing.runtimes.decomposed import site
+
+    converting = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    words = {str(getattr(node, "name", "")) for node in converting} | set(re.split(r"\W+", str(error)))
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.name in words and site(n)]
+    return f": {site(nodes[0])} ({nodes[0].target})" if nodes else ""
 
 
 def _spell_out_defaults(graph_module: Any) -> None:
