@@ -87,6 +87,7 @@ def artifact(options):
     from binary_kernels import timed
 
     from penjing import measure, runtimes
+    from penjing.kernels.network import described
     from penjing.pipeline import building
     from penjing.runtimes.artifact import predictor
     from penjing.steps.draft import Draft
@@ -116,6 +117,10 @@ def artifact(options):
         }
     weights = [draft.network.get_submodule(name).weight.numel() for name in binary_layers(draft)]
     row["bits_bytes"] = sum(weights) // 8
+    arrays = [
+        (o.kind, name, a) for o in described(draft.network, (1, 28, 28)).operations for name, a in o.arrays.items()
+    ]
+    row["numbers_bytes"] = 2 * sum(a.size for kind, name, a in arrays if (kind, name) != ("binary", "weights"))
     one = image[:1].numpy()
     two = runtimes.open_artifact(options.work / "artifact-source", 2)
     sides = {"binary": sessions["fp16"], "onnxruntime fp32, 1 threads": sessions["source"]}
