@@ -11,7 +11,7 @@ from torch import nn
 
 import penjing as pj
 from penjing import cli, records, runtimes, targets
-from penjing.errors import GoalError, MissingDependency, OutputError, PruningError, UsageError
+from penjing.errors import GoalError, MissingDependency, OutputError, PruningError, TargetError, UsageError
 from penjing.measure import machine
 from penjing.pipeline import targeting
 from penjing.pipeline.inspection import inspect
@@ -138,3 +138,11 @@ class TestInspect:
 def test_a_record_without_a_target_reads_as_before(digits_run):
     assert digits_run.record.target is None
     assert json.loads((digits_run.folder / "record.json").read_text())["target"] is None
+
+
+def test_a_runtime_of_a_profile_that_is_misspelled_is_named_with_the_nearest(tmp_path):
+    text = (targets.reading.PROFILES / "pi4.yaml").read_text().replace("onnxruntime", "onnxruntim")
+    (tmp_path / "mine.yaml").write_text(text)
+    with raises_case(TargetError, "unknown-runtime") as refusal:
+        targeting.as_target(tmp_path / "mine.yaml")
+    assert refusal.value.got == "onnxruntim" and refusal.value.remedy == "did you mean onnxruntime?"

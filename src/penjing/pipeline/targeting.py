@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from penjing import runtimes, targets
-from penjing.errors import GoalError, MissingDependency, UsageError
+from penjing.errors import GoalError, MissingDependency, TargetError, UsageError
 from penjing.goals.goal import Goal
 from penjing.records import TargetRow
 from penjing.records.figures import FIGURES
@@ -27,9 +28,23 @@ def as_target(target: str | Path | Target | None) -> Target | None:
 
     Raises:
         UsageError: There is no such profile.
-        TargetError: The file is not a profile.
+        TargetError: The file is not a profile, or names a runtime that Penjing does not know.
     """
-    return target if target is None or isinstance(target, Target) else targets.load(target)
+    if target is None:
+        return None
+    read = target if isinstance(target, Target) else targets.load(target)
+    unknown = [name for name in read.runtimes if name not in runtimes.SPECS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], runtimes.SPECS, n=1)
+        raise TargetError(
+            f"the device profile {read.name} names a runtime that Penjing does not know",
+            code="unknown-runtime",
+            field="runtimes",
+            got=", ".join(unknown)[:200],
+            expected=f"some of {', '.join(runtimes.SPECS)}",
+            remedy=f"did you mean {near[0]}?" if near else "`penjing runtimes` lists them",
+        )
+    return read
 
 
 def capabilities(runtime: str, instruction_sets: tuple[str, ...], target: Target | None) -> Capabilities:
