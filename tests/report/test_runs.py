@@ -189,6 +189,16 @@ def test_where_metrics_can_not_be_compared_each_is_seen_against_its_own_source()
     drawn = runs_picture.picture(beside(a=big, b=other))
     assert drawn.wide.y_title == "signal-to-noise against its own source, dB"
     assert drawn.wide.front == () and "no line joins the best" in drawn.notes[0]
+    same = runs_picture.picture(beside(a=big, b=replace(big, metric_name="recall")))
+    assert same.wide.y_title == "signal-to-noise against the source, dB" and same.wide.front
+
+
+def test_sizes_have_the_unit_that_suits_them(apart):
+    big = sample_records.big()
+    small = [replace(c, measured=replace(c.measured, size_bytes=3000)) for c in big.candidates]
+    record = replace(big, candidates=tuple(small), artifact=small[4].measured, metric_name="recall")
+    other = replace(record, machine=replace(big.machine, processor="Cortex-A76"))
+    assert runs_picture.picture(beside(a=record, b=other)).wide.x_title == "size on disk, kB"
 
 
 def test_with_select_the_chosen_artifact_alone_is_drawn(two):

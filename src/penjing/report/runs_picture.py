@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from penjing import records
-from penjing.records.comparison import Comparison, measured
+from penjing.records.comparison import Comparison, measured, network
 from penjing.records.runs import RunRow
 from penjing.report import scatter
 from penjing.report.html import environment
-from penjing.report.scatter import Measure, Plot, Point, Scales
+from penjing.report.scatter import Measure, Plot, Point
 
 COLOURS = 6
-OWN = "signal-to-noise against its own source"
+SAME, OWN = "signal-to-noise against the source", "signal-to-noise against its own source"
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,17 @@ def picture(comparison: Comparison) -> Picture | None:
     """
     by_size = not (comparison.comparable("latency_ms") and len(comparison.values("latency_ms")) > 1)
     measure = _measure(comparison)
-    points = {run.name: _points(run, i, measure, by_size) for i, run in enumerate(comparison.runs)}
+    unit = _unit(comparison) if by_size else None
+    points = {run.name: _points(run, i, measure, unit) for i, run in enumerate(comparison.runs)}
     drawn = [point for of_run in points.values() for point in of_run]
     if sum(bool(of_run) for of_run in points.values()) < 2:
         return None
-    if joined := measure.title != OWN or comparison.comparable("drop"):
+    if joined := measure.title != OWN:
         drawn = _with_front(drawn, measure.higher_is_better)
-    scales = _scales(measure, drawn, by_size)
+    x_title = "latency, ms" if unit is None else f"size on disk, {unit[0]}"
+    scales = measure.scales([p.y for p in drawn], x_title)
     notes = ["x is the size on disk, since latencies can't be compared"] if by_size else []
-    notes += [] if joined else ["no line joins the best: each is measured against a network of its own"]
+    notes += [] if joined else ["no line joins the best: each is seen against its own source, on its own data"]
     alone = [run.name for run in comparison.runs if points[run.name] and run.record.selected is not None]
     notes += (
         [f"the chosen artifact alone, since the others' metrics are by Task.select: {', '.join(alone)}"]
@@ -77,10 +80,18 @@ def _measure(comparison: Comparison) -> Measure:
     record = comparison.runs[0].record
     if comparison.comparable("metric") and len(comparison.values("metric")) == len(comparison.runs):
         return Measure("metric", record.metric_name, record.higher_is_better)
-    return Measure("snr_db", OWN)
+    # Parity is of calibration samples.
+    against = {(network(run.record), run.record.data.get("calibration")) for run in comparison.runs}
+    return Measure("snr_db", SAME if len(against) == 1 else OWN)
 
 
-def _points(run: RunRow, place: int, measure: Measure, by_size: bool) -> list[Point]:
+def _unit(comparison: Comparison) -> tuple[str, float]:
+    """Name and bytes of the unit that the largest size has at least one of."""
+    sizes = [c.measured.size_bytes or 0 for run in comparison.runs for c in _drawn(run.record)]
+    return next((unit for unit in _UNITS if max(sizes, default=0) >= unit[1]), _UNITS[-1])
+
+
+def _points(run: RunRow, place: int, measure: Measure, unit: tuple[str, float] | None) -> list[Point]:
     record = run.record
     points = []
     for candidate in _drawn(record):
@@ -88,12 +99,12 @@ def _points(run: RunRow, place: int, measure: Measure, by_size: bool) -> list[Po
         if chosen:  # by `evaluate`, also where `select` chose it
             candidate = replace(candidate, measured=measured(record))
         size = candidate.measured.size_bytes
-        point = scatter.point(candidate, measure, x=size / 1e6 if by_size and size else None)
-        if point is None or (by_size and not size):
+        point = scatter.point(candidate, measure, x=size / unit[1] if unit and size else None)
+        if point is None or (unit and not size):
             continue
         title = f"{run.name}: {point.title}"
         point = replace(point, name=run.name if chosen else "", title=title, family=_colour(place), chosen=chosen)
-        points.append(replace(point, size=None) if by_size else point)
+        points.append(replace(point, size=None) if unit else point)
     return points
 
 
@@ -113,10 +124,6 @@ def _with_front(points: list[Point], higher_is_better: bool) -> list[Point]:
         return a.x <= b.x and better and (a.x, a.y) != (b.x, b.y)
 
     return [replace(p, pareto=not any(beats(other, p) for other in points)) for p in points]
-
-
-def _scales(measure: Measure, points: Sequence[Point], by_size: bool) -> Scales:
-    return measure.scales([p.y for p in points], "size on disk, MB" if by_size else "latency, ms")
 
 
 def _colour(place: int) -> str:
