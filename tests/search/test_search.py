@@ -191,3 +191,9 @@ def test_a_goal_out_of_reach_leaves_the_nearest(tmp_path):
     done = pj.compress(network(), task(), "size_bytes<=1000, drop<=20%", trials=3, out=tmp_path, **OPTIONS)
     assert not done.met and "comes nearest" in done.record.goal.reason
     assert json.loads((tmp_path / "record.json").read_text())["search"]["chosen"] == done.record.search.chosen
+
+
+def test_short_minutes_give_the_network_as_it_is(tmp_path):
+    done = pj.compress(network(), task(), "minimize size_bytes", minutes=0.001, out=tmp_path, **OPTIONS)
+    assert [row.words for row in done.record.search.trials] == ["as it is"]
+    assert done.met and "minutes are over" in done.record.search.stopped

@@ -28,11 +28,13 @@ class Clock:
         minutes: It is given; None is no limit.
         reserve: Seconds that choosing and writing will take.
         before: Seconds before an interruption.
+        has_result: Whether a trial has given an artifact: before that none is broken off.
     """
 
     minutes: float | None
     reserve: float = AT_LEAST_S
     before: float = 0.0
+    has_result: bool = False
 
     def __post_init__(self) -> None:
         self.start = time.monotonic()
@@ -53,7 +55,8 @@ class Clock:
         Raises:
             OutOfTime: It does.
         """
-        if self.minutes is not None and self.spent > LATE * 60 * self.minutes - self.reserve:
+        late = self.minutes is not None and self.spent > LATE * 60 * self.minutes - self.reserve
+        if late and self.has_result:
             raise OutOfTime
 
 

@@ -55,6 +55,8 @@ def deliver(prepared: Prepared, searched: Searched) -> Record:
     """Time the finalists side by side, choose, and deliver the chosen one with the whole search in its record."""
     run = prepared.run
     finalists = _finalists(prepared, searched.trials)
+    if not {candidate.name for _, candidate in finalists} <= set(run.folder.read_state("latency") or ()):
+        run.folder.write_state("latency", None)  # of an end that was interrupted, after which more was tried
     with run.costing("choose among the finalists"):
         for trial, candidate in finalists:
             _bring(prepared, trial, candidate)

@@ -156,7 +156,7 @@ class Search:
         """Take up what an interrupted search had; its unfinished trials go on first."""
         for number, _ in self.study.ended():
             if (trial := Trial.read(self._place(number), number)) is not None:
-                self.history.add(trial)
+                self._add(trial)
         self.clock.before = self.prepared.run.folder.read_state("search-seconds") or 0.0
         for number, choice in self.study.begun():
             if len(self.running) >= self.workers.count:
@@ -182,7 +182,7 @@ class Search:
         """The next choice, or why there is none."""
         if self.budget.trials is not None and len(self._begun()) >= self.budget.trials:
             return None, f"{self.budget.trials} trials are done"
-        if self.clock.left <= 0:
+        if self.clock.left <= 0 and self._has_begun():
             return None, f"the {self.budget.minutes:g} minutes are over"
         begun = self._begun()
         first = self.plan[:2]
@@ -215,6 +215,10 @@ class Search:
             return None, f"converged: no choice promises more than {WORTH:.0%} of the objective"
         return best.choice, ""
 
+    def _has_begun(self) -> bool:
+        """Whether there is an artifact, or one is being made: short minutes give the network as it is."""
+        return self.clock.has_result or bool(self.running) or len(self.history.trials) >= PATIENCE
+
     def _begun(self) -> set[Choice]:
         return {trial.outcome.choice for trial in self.history.trials} | set(self.running.values())
 
@@ -234,7 +238,7 @@ class Search:
         """Take in a trial that ended."""
         trial = Trial.read(self._place(number), number)
         assert trial is not None  # the workers wait for that file
-        self.history.add(trial)
+        self._add(trial)
         del self.running[number]
         self.clock.reserve = max(self.clock.reserve, finish.expected_seconds(self.prepared, self.history.trials))
         best, outcome = self.history.best_of(trial), trial.outcome
@@ -247,6 +251,10 @@ class Search:
             figures={n: v for n, v in (figures or {}).items() if v is not None}, predicted=trial.begun.predicted,
             failure=outcome.failure, seconds=outcome.seconds,
         )  # fmt: skip
+
+    def _add(self, trial: Trial) -> None:
+        self.history.add(trial)
+        self.clock.has_result |= any(c.rejection is None for c in trial.outcome.candidates)
 
     def _place(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"

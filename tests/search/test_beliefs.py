@@ -1,0 +1,110 @@
+"""What choices are believed to give: the prior, what observations make of it, and what a choice is worth."""
+
+import math
+
+import pytest
+
+from penjing.goals.goal import Goal
+from penjing.search.beliefs import FLOOR, Beliefs, Believed, Observation
+from penjing.search.choice import Choice
+from penjing.search.promise import Wanted, promise, promises
+
+ARTIFACT = "onnxruntime-int8"
+INTEGERS = Choice(integers="rounded")
+
+
+def pruned(keep, **more):
+    return Choice(technique="channels", keep=keep, **({"epochs": 2.0, "integers": "trained"} | more))
+
+
+def seen(choice, **figures):
+    return Observation(choice=choice, artifact=ARTIFACT, figures=figures)
+
+
+def power_law(exponent, *keeps):
+    """Observations of a network whose size is 1000 bytes times keep to the power of `exponent`."""
+    return [seen(INTEGERS, size_bytes=1000.0, drop=0.001)] + [
+        seen(pruned(keep), size_bytes=1000.0 * keep**exponent) for keep in keeps
+    ]
+
+
+def test_what_is_kept_makes_figures_smaller_before_anything_was_seen():
+    beliefs = Beliefs([seen(INTEGERS, size_bytes=1000.0, latency_ms=1.0)])
+    for figure, whole in (("size_bytes", 1000.0), ("latency_ms", 1.0)):
+        values = [beliefs.figure(figure, pruned(keep), ARTIFACT).value for keep in (0.8, 0.5, 0.2)]
+        assert whole > values[0] > values[1] > values[2] > 0.1 * whole
+
+
+def test_observations_teach_the_exponent():
+    beliefs = Beliefs(power_law(1.5, 0.7, 0.4))
+    assert beliefs.figure("size_bytes", pruned(0.25), ARTIFACT).value == pytest.approx(1000 * 0.25**1.5, rel=0.08)
+
+
+def test_observations_make_it_surer():
+    before = Beliefs(power_law(1.0)).figure("size_bytes", pruned(0.25), ARTIFACT)
+    after = Beliefs(power_law(1.0, 0.5, 0.3)).figure("size_bytes", pruned(0.25), ARTIFACT)
+    assert after.sd < before.sd
+
+
+def test_drops_grow_with_what_is_removed_and_shrink_with_training():
+    beliefs = Beliefs([seen(INTEGERS, drop=0.001)])
+
+    def drop(choice):
+        return beliefs.figure("drop", choice, ARTIFACT).value
+
+    assert drop(pruned(0.2)) > drop(pruned(0.5)) > drop(pruned(0.8))
+    assert drop(pruned(0.5, epochs=8.0)) < drop(pruned(0.5)) < drop(pruned(0.5, epochs=0.0, integers="rounded"))
+    assert drop(Choice(integers="rounded", weight_bits=4)) > drop(INTEGERS)
+
+
+def test_nothing_is_believed_of_an_artifact_that_was_never_seen():
+    beliefs = Beliefs([seen(INTEGERS, size_bytes=1000.0)])
+    assert beliefs.figure("size_bytes", pruned(0.5), "litert-int8") is None
+    assert beliefs.figure("latency_ms", pruned(0.5), ARTIFACT) is None
+
+
+def test_probabilities_and_improvements_of_a_normal_logarithm():
+    believed = Believed(math.log(2.0), 0.5)
+    assert believed.value == pytest.approx(2.0)
+    assert believed.below(2.0) == pytest.approx(0.5) and believed.below(0.0) == 0.0
+    assert believed.below(2.0 * math.exp(0.5)) == pytest.approx(0.8413, abs=1e-4)
+    sure = Believed(math.log(2.0), 1e-9)
+    assert sure.improvement(4.0) == pytest.approx(math.log(2)) and sure.improvement(1.0) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_goal_in_the_figures_of_beliefs():
+    wanted = Wanted.of(Goal.parse("drop<=1%, metric>=0.85, latency_ms<=5, minimize size_bytes"), 0.9)
+    assert (wanted.objective, wanted.sign) == ("size_bytes", 1)
+    limits = {(figure, op): value for figure, op, value in wanted.limits if figure != "drop"}
+    assert limits == {("latency_ms", "<="): 5.0}
+    assert sorted(v for f, _, v in wanted.limits if f == "drop") == pytest.approx([0.01 / 0.9, 0.05 / 0.9])
+    assert Wanted.of(Goal.parse("maximize metric"), 0.9).objective == "drop"
+    assert Wanted.of(Goal.parse("drop<=0%"), 0.9).limits == (("drop", "<=", FLOOR),)
+
+
+def test_a_choice_that_breaks_a_limit_is_worth_less_than_one_that_keeps_it():
+    beliefs = Beliefs(power_law(1.0, 0.5))
+    wanted = Wanted.of(Goal.parse("drop<=1%, minimize size_bytes"), 0.9)
+    ranked = promises(beliefs, wanted, [pruned(0.02), pruned(0.5), pruned(0.95)], best=1000.0)
+    assert [p.choice.keep for p in ranked][0] == 0.5
+    assert next(p for p in ranked if p.choice.keep == 0.02).meets < 0.1
+
+
+def test_the_more_is_better_the_other_way_round():
+    beliefs = Beliefs([seen(INTEGERS, throughput_per_s=100.0)])
+    wanted = Wanted.of(Goal.parse("maximize throughput_per_s"), None)
+    few, many = (promise(beliefs, wanted, pruned(keep), 100.0) for keep in (0.9, 0.3))
+    assert many.worth > few.worth > 0
+
+
+def test_integers_are_not_expected_of_a_choice_without_them():
+    beliefs = Beliefs([seen(INTEGERS, size_bytes=1000.0)])
+    assert promise(beliefs, Wanted.of(Goal.parse("minimize size_bytes"), None), Choice(), 1000.0) is None
+
+
+def test_what_is_in_progress_counts_as_expected():
+    beliefs = Beliefs(power_law(1.0))
+    imagined = Beliefs([*beliefs.observations, *beliefs.imagined(pruned(0.5))])
+    near = imagined.figure("size_bytes", pruned(0.5), ARTIFACT)
+    assert near.sd < beliefs.figure("size_bytes", pruned(0.5), ARTIFACT).sd
+    assert near.value == pytest.approx(beliefs.figure("size_bytes", pruned(0.5), ARTIFACT).value, rel=1e-6)
