@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import penjing as pj
 from penjing import measure, runtimes
 from penjing.errors import ArtifactError, ExportError
 from penjing.network.capture import capture_network
 from penjing.pipeline import building
+from penjing.pipeline.device import write_bench
+from penjing.pipeline.verify import verify
 from penjing.quantize import Static
 from penjing.records.manifest import write_manifest
 from penjing.runtimes import isolated
@@ -354,3 +357,17 @@ def test_sites_survive_as_names_in_the_file():
         assert runtime.sites_of(f"{runtime.named(site)};3") == [site]
     assert runtime.sites_of("/relu#0;;norm;;stem;2") == ["/relu#0", "norm", "stem"]
     assert runtime.sites_of("serving_default_x") == []
+
+
+def test_tokens_in_int64_are_taken_by_a_run_verify_and_the_folder_for_the_device(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2)).eval()
+    tokens = torch.randint(0, 9, (16, 3))
+    task = pj.Task(example=tokens[:1], calibration=[tokens])
+    options = {"runtime": "litert", "recipe": pj.Recipe(), "seconds": 0.0, "threads": 1}
+    run = pj.compress(network, task, out=tmp_path / "run", goal="minimize size_bytes", **options)
+    assert [c.name for c in run.record.candidates] == ["litert-fp32"]
+    assert all(check.holds is not False for check in verify(run.folder, threads=1, seconds=0))
+    with np.load(write_bench(run.folder, tmp_path / "bench") / "samples.npz") as samples:
+        inputs = [samples[name].dtype for name in samples.files if name.startswith(("input", "timed"))]
+    assert len(inputs) == 2 and set(inputs) == {np.dtype(np.int32)}

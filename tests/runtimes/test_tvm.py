@@ -145,6 +145,27 @@ def test_a_stored_schedule_that_is_damaged_or_of_another_operator_is_not_taken(b
     path.unlink()
 
 
+class FromTheBack(nn.Module):
+    """The last step, what stands at stored indices of both signs, and the last state of a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return x[:, -1] + 1, x[:, [-1, 0, -2]] + 1, self.recurrent(x)[0][:, -1]
+
+
+def test_indices_may_count_from_the_back(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("PENJING_TVM_SECONDS", "0")
+    torch.manual_seed(0)
+    network, x = FromTheBack().eval(), torch.randn(2, 5, 4)
+    _export(network, (x,), tmp_path)
+    answers = runtimes.open_artifact(tmp_path, 1).run([x.numpy()])
+    for answer, expected in zip(answers, network(x), strict=True):
+        np.testing.assert_allclose(answer, expected.detach().numpy(), atol=1e-6)
+
+
 class Sorts(nn.Module):
     def forward(self, x):
         return torch.linalg.svdvals(x)

@@ -29,6 +29,7 @@ from penjing.records.lock import locked
 from penjing.records.manifest import MANIFEST, Manifest, Port, read_manifest, sample_axes
 from penjing.report import html
 from penjing.runtimes import isolated, on_device
+from penjing.runtimes.artifact import narrowed
 
 BENCH, SAMPLES, COMMANDS = "bench.py", "samples.npz", "COMMANDS.md"
 OWN = "the answers of the same artifact on the machine that wrote this folder"
@@ -143,6 +144,7 @@ def _samples(source: Path, artifact: Path, manifest: Manifest, run: bool) -> dic
         inputs = [every[name] for name in sorted(every) if name.startswith("input_")]
         expected = [every[name] for name in sorted(every) if name.startswith("planned_")]
         if expected:
+            inputs = narrowed(manifest.programs[0].inputs, inputs)
             return evidence.named("input", inputs) | evidence.named("expected", expected)
     inputs = _drawn(manifest.programs[0].inputs, _BATCH)
     outputs = isolated.open_artifact(artifact, 1).run(inputs)

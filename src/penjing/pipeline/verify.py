@@ -19,7 +19,7 @@ from penjing.records import Candidate, Parity, ParityRow, Record, steadiness
 from penjing.records.folder import ARTIFACT, EVIDENCE, SOURCE
 from penjing.records.manifest import Manifest, Port, read_manifest, sample_axes
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import predictor
+from penjing.runtimes.artifact import narrowed, predictor
 from penjing.tasks.task import Task
 
 SPEED_TOLERANCE = 0.25  # of the speed-up: what a quiet machine repeats
@@ -218,7 +218,7 @@ def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarr
     """Inputs of one call: the stored evidence where there is some, zeros otherwise; a fixed batch stays as it is."""
     if (folder / EVIDENCE).exists():
         inputs = [array for name, array in evidence.stored(folder).items() if name.startswith("input_")]
-        return _of_samples(inputs, ports, batch)
+        return _of_samples(narrowed(ports, inputs), ports, batch)
     axes = sample_axes(ports)
     sizes = [
         [n if isinstance(n, int) else batch if i == axis else 8 for i, n in enumerate(port.shape)]

@@ -50,6 +50,7 @@ class Checked:
         Raises:
             TaskError: The inputs are not those of the manifest.
         """
+        inputs = narrowed(self.program.inputs, inputs)
         form = [(x.shape, x.dtype) for x in inputs]
         if form != self.form:
             check_inputs(self.program.inputs, inputs)
@@ -58,6 +59,20 @@ class Checked:
             return [np.zeros(size, p.dtype) for size, p in zip(self.empty, self.program.outputs, strict=True)]
         results: list[np.ndarray] = self.session.run(inputs)
         return results
+
+
+def narrowed(ports: tuple[Port, ...], inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Integers in int64, as torch has tokens and stored samples are, in the int32 of a runtime that has no int64.
+
+    >>> [x.dtype.name for x in narrowed((Port(name="ids", dtype="int32", shape=(2,)),), [np.zeros(2, np.int64)])]
+    ['int32']
+    """
+    if len(inputs) != len(ports):
+        return inputs  # check_inputs says so
+    return [
+        x.astype(np.int32) if port.dtype == "int32" and x.dtype == np.int64 else x
+        for port, x in zip(ports, inputs, strict=True)
+    ]
 
 
 def check_inputs(ports: tuple[Port, ...], inputs: list[np.ndarray]) -> None:

@@ -25,7 +25,7 @@ from penjing.measure.processes import Process
 from penjing.measure.time_limits import call_s, opening_s
 from penjing.records import from_dict
 from penjing.records.manifest import Manifest, read_manifest
-from penjing.runtimes.artifact import Executed, Timed, check_inputs
+from penjing.runtimes.artifact import Executed, Timed, check_inputs, narrowed
 
 IDLE_S = 60.0  # after which a process without open artifacts ends
 
@@ -131,6 +131,7 @@ class Session:
             ArtifactError: The runtime raised, crashed, or did not answer in time.
             TaskError: The inputs are not those of the manifest.
         """
+        inputs = narrowed(self.ports, inputs)
         check_inputs(self.ports, inputs)
         if not self.worker.process.alive or self.worker.owner != os.getpid():
             self.worker, self.handle = self._opened()

@@ -77,6 +77,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
 
     names = output_names(structure)
     program, inputs, outputs = single_sample.exported(network, call, dynamic, names, "TVM", decomposed.sited)
+    _count_from_the_front(program)
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside) / "relax.json"
         path.write_text(_relax(program, network), encoding="utf-8")
@@ -94,6 +95,34 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"processor": processor},
     )
+
+
+def _count_from_the_front(program: Any) -> None:
+    """Write indices that count from the back as ones from the front: TVM reads memory before the tensor for them.
+
+    Those are of `select`, and of constants that index a tensor, such as x[:, -1] and x[:, [-1, -2]].
+    """
+    import torch
+
+    names = {s.arg.name: s.target for s in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.select.int and node.args[2] < 0:
+            source, axis, index = node.args
+            node.args = (source, axis, index + source.meta["val"].shape[axis])
+        elif node.target is torch.ops.aten.index.Tensor:
+            for axis, index in enumerate(node.args[1]):
+                name = None if index is None else names.get(_stored(index))
+                holder = next((held for held in (program.constants, program.state_dict) if name in held), None)
+                if holder is not None and holder[name].dtype in (torch.int32, torch.int64):
+                    size = node.args[0].meta["val"].shape[axis]
+                    holder[name] = torch.where(holder[name] < 0, holder[name] + size, holder[name])
+
+
+def _stored(node: Any) -> str | None:
+    """The name of the stored tensor that a node gives, behind copies of it; None where others read it too."""
+    while len(node.users) == 1 and node.op == "call_function" and "lift_fresh" in str(node.target):
+        node = node.args[0]
+    return str(node.name) if len(node.users) == 1 else None
 
 
 def _relax(program: Any, network: Any) -> str:
