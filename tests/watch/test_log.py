@@ -153,6 +153,13 @@ def test_a_run_that_breaks_off_is_ended_with_the_reason():
     assert memory.ended == ["KeyError: 'a layer'"]
 
 
+def test_a_run_that_is_stopped_by_hand_is_ended_too():
+    memory = Memory()
+    with pytest.raises(KeyboardInterrupt), Log("memory", memory):
+        raise KeyboardInterrupt
+    assert memory.ended == ["KeyboardInterrupt"]
+
+
 def test_a_run_that_was_finished_before_begins_nothing():
     memory, log = heard(RUN[:1])
     assert memory.calls == []

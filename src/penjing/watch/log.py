@@ -72,7 +72,7 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(None if error is None else f"{type(error).__name__}: {error}".splitlines()[0])
+        self.close(None if error is None else f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": "))
 
     def _safely(self, call: Callable[[], None]) -> None:
         try:
