@@ -170,13 +170,17 @@ LAYERS = """
     else for (int i = at_##i; i < (n); i++) { __VA_ARGS__; } \\
   }
 
+/* As many numbers in registers: a compiler that finds vectors in loops does so in some programs and not in others. */
+typedef float block __attribute__((vector_size(4 * BLOCK), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(4 * BLOCK)));
+
 ONCE void convolve(const float *in, const float *weights, const float *scale, const float *shift, float *out,
                    int h, int w, int c, int oh, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw, int dh,
                    int dw) {
   for (int y = 0; y < oh; y++)
     for (int x = 0; x < ow; x++, out += f)
       for (int o = 0; o < f; o += BLOCK) {
-        float sum[BLOCK] = {0};
+        block sum = {0};
         int some = f - o < BLOCK ? f - o : BLOCK;  /* behind the last filter something else lies, and is not used */
         for (int i = 0; i < kh; i++)
           for (int j = 0; j < kw; j++) {
@@ -184,8 +188,7 @@ ONCE void convolve(const float *in, const float *weights, const float *scale, co
             if (row < 0 || row >= h || column < 0 || column >= w) continue;
             const float *from = in + ((int64_t)row * w + column) * c;
             const float *by = weights + ((int64_t)i * kw + j) * c * f + o;
-            for (int k = 0; k < c; k++, by += f)
-              for (int l = 0; l < BLOCK; l++) sum[l] += from[k] * by[l];
+            for (int k = 0; k < c; k++, by += f) sum += from[k] * *(const block *)by;
           }
         for (int l = 0; l < some; l++) out[o + l] = sum[l] * scale[o + l] + shift[o + l];
       }
@@ -208,22 +211,22 @@ ONCE void maximum(const float *in, float *out, int h, int w, int c, int oh, int 
 }
 
 /* Of these, n is a multiple of BLOCK: what lies behind values is theirs. */
+#define AT(pointer, i) (*(block *)((pointer) + (i)))
+
+static inline block not_negative(block x) {  /* NaN stays NaN */
+  return (block)((bits)x & ~(bits)(x <= 0));
+}
+
 ONCE void add(const float *a, const float *b, float *out, int n) {
-  for (int i = 0; i < n; i += BLOCK)
-    for (int j = i; j < i + BLOCK; j++) out[j] = a[j] + b[j];
+  for (int i = 0; i < n; i += BLOCK) AT(out, i) = AT(a, i) + AT(b, i);
 }
 
 ONCE void relu(const float *in, float *out, int n) {
-  for (int i = 0; i < n; i += BLOCK)
-    for (int j = i; j < i + BLOCK; j++) out[j] = in[j] <= 0 ? 0 : in[j];
+  for (int i = 0; i < n; i += BLOCK) AT(out, i) = not_negative(AT(in, i));
 }
 
 ONCE void add_relu(const float *a, const float *b, float *out, int n) {
-  for (int i = 0; i < n; i += BLOCK)
-    for (int j = i; j < i + BLOCK; j++) {
-      float sum = a[j] + b[j];
-      out[j] = sum <= 0 ? 0 : sum;
-    }
+  for (int i = 0; i < n; i += BLOCK) AT(out, i) = not_negative(AT(a, i) + AT(b, i));
 }
 
 ONCE void sign(const float *in, const float *threshold, float *out, int pixels, int c) {

@@ -129,7 +129,7 @@ class _Reader:
             code="operator",
             got=f"{what} at {site(node)}{line(node)}",
             expected=f"one of {', '.join(sorted(_HANDLERS))}",
-            remedy="take another runtime for this network, or keep these kernels for its binary layers",
+            remedy="write that operator with others, or choose another runtime",
         )
 
     def _new(self, node: fx.Node, shape: Shape) -> str:
