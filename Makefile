@@ -61,7 +61,7 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.created
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch-$(TORCH) pyproject.toml
-	$(PIP) install -e ".[all,edge,dev,examples,cluster]"
+	$(PIP) install -e ".[all,edge,log,dev,examples,cluster]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.package
