@@ -167,6 +167,75 @@ def runtime_table() -> str:
     return _under(lines, data, "INT8 is `quantize.Static` alone, ranges from 64 images; ")
 
 
+def runtime_networks() -> str:
+    """Every runtime on every network: milliseconds in fp32 and INT8, or that it is refused."""
+    networks = _read("runtime_table")["networks"]
+    runtimes = list(dict.fromkeys(key.split()[0] for network in networks.values() for key in network["cells"]))
+
+    def cell(cells: dict, runtime: str, precision: str) -> str:
+        row = cells.get(f"{runtime} {precision}")
+        if row is None:
+            return "not run"
+        below = "" if row.get("holds", True) else " (below its limit)"
+        return "refused" if "refused" in row else f"{row['median']:.2f}{below}" if "median" in row else "not timed"
+
+    lines = [f"| fp32 / INT8, ms | {' | '.join(networks)} |", f"|---|{'---|' * len(networks)}"]
+    for runtime in runtimes:
+        cells = [
+            f"{cell(n['cells'], runtime, 'fp32')} / {cell(n['cells'], runtime, 'int8')}" for n in networks.values()
+        ]
+        lines.append(f"| {runtime} | {' | '.join(cells)} |")
+    reasons = {
+        f"{name}, {key}: {row['refused'].rstrip('.')}"
+        for name, network in networks.items()
+        for key, row in network["cells"].items()
+        if "refused" in row and row["code"] != "precision"
+    }
+    note = f"Batch 1; spread up to {max(_spreads(networks)):.0%}. " + "".join(f"{text}. " for text in sorted(reasons))
+    return _under(lines, next(reversed(networks.values())), note)
+
+
+def _spreads(networks: dict) -> list[float]:
+    return [row["spread"] for network in networks.values() for row in network["cells"].values() if "spread" in row]
+
+
+def search_goal() -> str:
+    """Trials until the goal is met, by the search and by Optuna's samplers."""
+    data = _read("search")["goal digits"]
+    lines = ["| | trials that trained, until the goal was met | all trials |", "|---|---|---|"]
+    for method, label in (("penjing", "Penjing"), ("tpe", "Optuna TPE"), ("nsga2", "Optuna NSGA-II")):
+        rows = [row for key, row in data["rows"].items() if key.split()[0] == method]
+        shown = [
+            ", ".join(f"{row[k]}{'' if row['met'] else ' (not met)'}" for row in rows) for k in ("trained", "trials")
+        ]
+        lines.append(f"| {label} | {shown[0]} | {shown[1]} |")
+    return _under(lines, data, "The digits network, one number a seed; ")
+
+
+def search_headline() -> str:
+    """The trials of `penjing compress` on ResNet-20."""
+    data = _read("search")["headline"]
+    rows = data["rows"]
+    lines = ["| trial | latency | packed | drop | seconds |", "|---|---|---|---|---|"]
+    for words, seconds, measured, predicted in rows["trials"]:
+
+        def both(name: str, unit: str, factor: float, measured: dict = measured, predicted: dict = predicted) -> str:
+            if name not in measured:
+                return ""
+            expected = f" ({factor * predicted[name]:.3g} expected)" if name in predicted else ""
+            return f"{factor * measured[name]:.3g} {unit}{expected}"
+
+        cells = [both("latency_ms", "ms", 1), both("packed_bytes", "kB", 1e-3), both("drop", "points", 100)]
+        lines.append(f"| {words} | {' | '.join(cells)} | {seconds:.0f} |")
+    before, after = rows["metric"]
+    note = (
+        f"{rows['speedup']:.1f}x faster than torch, {rows['smaller_than_raw']:.1f}x fewer bytes packed than weights, "
+        f"accuracy {before:.2%} to {after:.2%}; {rows['seconds'] / 60:.0f} of {rows['minutes']:g} minutes, "
+        f"{rows['stopped']}; "
+    )
+    return _under(lines, data, note)
+
+
 def executorch_ranges() -> str:
     """INT8 files of ExecuTorch from Penjing's ranges and from those of XNNPACK's own quantizer."""
     data = _read("executorch_ranges")
@@ -1104,7 +1173,10 @@ TABLES = {
     "detector_heads": detector_heads,
     "onnx_files": onnx_files,
     "quick": quick,
+    "runtime_networks": runtime_networks,
     "runtime_table": runtime_table,
+    "search_goal": search_goal,
+    "search_headline": search_headline,
     "packing": packing,
     "deltas": deltas,
     "packing_large": packing_large,
