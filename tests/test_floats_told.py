@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,16 @@ def test_a_record_holds_the_shares_and_table_and_verdict_show_them(tmp_path):
     assert all(f"{c.name}: {c.float_macs_share:.0%} of the multiply-accumulates" in caption for c in integer)
     if record.chosen in integer:
         assert any("in floating point" in text for text in verdict.changes(record))
+
+
+def test_a_runtime_that_is_asked_tells_its_floats_beside_those_that_are_considered(monkeypatch):
+    monkeypatch.setattr("penjing.pipeline.inspection.refused", lambda *_: ())
+    for name in ("ai_edge_litert", "litert_torch", "tvm"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    model, task = network("lstm")
+    asked = inspect(open_source(model, task=task), task, asked=["litert", "tvm"])
+    assert list(asked.floats) == [*inspected("lstm").floats, "litert", "tvm"]
+    assert [r for s, r in asked.floats["litert"].items() if "cells" in s] == ["litert has no integer kernel for lstm"]
+    # TVM has no INT8 at all: nothing is said of the islands in such an artifact
+    assert {f.runtime for f in asked.diagnosis.findings if f.kind == "float-island"} <= {*asked.floats} - {"tvm"}

@@ -63,8 +63,8 @@ def diagnose(
     rows += findings.rounded_already(fake_quantized(network))
     for ready in list(runtimes.values())[:1]:
         rows += findings.of_machine(ready, balance)
-    if quantizes:
-        rows += [row for name, ready in runtimes.items() for row in findings.of_runtime(name, ready, balance)]
+    integers = {n: r for n, r in runtimes.items() if quantizes and set(INTEGER).intersection(r.capabilities.precisions)}
+    rows += [row for name, ready in integers.items() for row in findings.of_runtime(name, ready, balance)]
     expectations = [
         row
         for name, ready in runtimes.items()

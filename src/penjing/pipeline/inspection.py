@@ -128,7 +128,8 @@ def inspect(
             )
             for name, curve in curves.items()
         )
-    ready = {name: prepared(network, task.call(), known) for name, known in _known(device).items()}
+    known_here = _known(device, asked)
+    ready = {name: prepared(network, task.call(), known) for name, known in known_here.items()}
     refusals = _refused(network, task, asked, save_failing, events)
     macs = sum(r.macs for r in rows)
     return Inspection(
@@ -147,7 +148,7 @@ def inspect(
         refused=refusals,
         activations=activations(network, task.call()),
         int8_activations=activations(network, task.call(), 1),
-        gains=gains.before_export(network, task.call(), _known(device).items()),
+        gains=gains.before_export(network, task.call(), known_here.items()),
         excesses=() if device is None else would_break(device, network, task.call()),
         device=None if device is None else expected(device, network, task.call()),
         diagnosis=_diagnosis(network, ready, device, refusals),
@@ -198,11 +199,12 @@ def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]
     )
 
 
-def _known(target: Target | None) -> dict[str, Capabilities]:
-    """What the runtimes accelerate here, or on a target; by their names."""
+def _known(target: Target | None, asked: Sequence[str]) -> dict[str, Capabilities]:
+    """What the runtimes accelerate here, those that are considered and those that were asked; or on a target."""
     sets = measure.machine(1).instruction_sets
     if target is None:
-        return {n: runtimes.get(n).capabilities(sets) for n in runtimes.DEPLOYED if runtimes.installed(n)}
+        considered = (name for name in runtimes.DEPLOYED if runtimes.installed(name))
+        return {name: runtimes.get(name).capabilities(sets) for name in dict.fromkeys((*considered, *asked))}
     here = {f"{n} on {target.name}": targeting.capabilities(n, sets, target) for n in targeting.usable(target)}
     return here or {f"any runtime on {target.name}": targeting.expected(target)}
 
