@@ -181,6 +181,8 @@ def test_a_run_is_diagnosed_before_and_compared_after(digits_run):
     assert row.faster > 1 and row.faster_measured > 0 and row.smaller_measured > 0
     built = len(digits_run.record.candidates) + len(digits_run.record.rejected)
     assert diagnosis.effort.candidates >= built and diagnosis.effort.took_s > 0
+    texts = expected.after(digits_run.record)
+    assert "it took" in texts[-1] and all(text.startswith("expected: ") for text in texts[:-1])
     page = (digits_run.folder / "report.html").read_text(encoding="utf-8")
     assert "What was to be expected" in page and "Why not more" in page
     assert from_dict(type(diagnosis), dataclasses.asdict(diagnosis)) == diagnosis

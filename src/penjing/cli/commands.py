@@ -116,7 +116,7 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
 def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
     sources.check_files(parsed)
     from penjing.goals.goal import Goal
-    from penjing.report import table, verdict
+    from penjing.report import expected, table, verdict
     from penjing.search.compress import compress
     from penjing.tasks.opening import open_task
 
@@ -160,6 +160,8 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
         out.print(f"{word}: ", end="")
         out.print(record.goal.reason, markup=False, highlight=False)
         out.print(verdict.of(record).headline, markup=False, highlight=False)
+        for line in expected.after(record):
+            out.print(line, markup=False, highlight=False)
         for name in ("artifact", "load.py", "record.json", "report.html"):
             out.print(f"  {result.folder / name}", highlight=False, soft_wrap=True, markup=False)
     return MET if result.met else NOT_MET

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from penjing import measure
 from penjing.analyze.cost import peak_activation_bytes
 from penjing.pipeline.run import Run
 from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
-from penjing.records import Effort, StepCost
+from penjing.records import Effort
 from penjing.steps.step import Step
 
 # Of `benchmarks/diagnosis.py`, on a machine with two cores.
@@ -17,6 +15,7 @@ OPERATOR_S = 0.03  # to export one operator
 OPEN_S = 2.5  # to start a runtime's process and open an artifact: once to judge it, and once more to time it
 PASSES = 2.0  # of a sample through the network with statistics, in passes without
 WEIGHT_S = 2.5e-6  # to search the rounding of one weight
+EVALUATED = 0.5  # of the time that the metric takes on the source: runtimes are faster, the data are not
 COPIES = 4  # of the weights: source, draft, frozen, exported
 SAMPLES = 64  # that are held together
 
@@ -39,7 +38,7 @@ def expected(run: Run, recipe: Recipe, candidates: int, runtimes: int) -> Effort
             unknown.append(type(step).__name__)
         else:
             known += seconds * (runtimes if step.per_runtime else 1)
-    evaluated = sum(cost.wall_s for cost in _of_source(run.costs))
+    evaluated = EVALUATED * sum(cost.wall_s for cost in run.costs if cost.name == "evaluate source")
     known += candidates * (OPERATOR_S * operators + evaluated + 2 * OPEN_S) + OPEN_S
     known += (candidates + 1) * run.seconds
     size = sum(p.numel() * p.element_size() for p in run.network.parameters())
@@ -51,10 +50,6 @@ def expected(run: Run, recipe: Recipe, candidates: int, runtimes: int) -> Effort
         unknown=tuple(dict.fromkeys(unknown)),
         expected_memory_bytes=memory,
     )
-
-
-def _of_source(costs: Iterable[StepCost]) -> list[StepCost]:
-    return [cost for cost in costs if cost.name == "evaluate source"]
 
 
 def _step_s(step: Step, sample_s: float, weights: int) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from penjing.analyze.roofline import BYTES
 from penjing.records import Balance
 
-OPERATOR_S = 2e-6  # of a runtime, to start an operator and to wake its threads
+OPERATOR_S = 1e-6  # to start an operator: `benchmarks/diagnosis.py` measures a little more in ONNX Runtime and OpenVINO
 SMALLEST, LARGEST = 2**18, 2**26  # bytes of buffers
 SPELL_S, LEAST = 0.03, 3  # of measuring one figure, and calls at least
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from penjing.records import Diagnosis, Effort, Expectation, Finding
+from penjing.records import Diagnosis, Effort, Expectation, Finding, Record
 from penjing.report import numbers
 
 TOLD = 1.03  # a smaller bound is not worth a line at the start of a run
@@ -32,6 +32,16 @@ def brief(diagnosis: Diagnosis) -> list[str]:
     weighty = [f for f in ordered(diagnosis.findings) if f.bound is None or f.bound >= TOLD]
     shown += [f"{finding.kind}: {finding.words}" for finding in weighty[:BRIEF]]
     return shown
+
+
+def after(record: Record) -> list[str]:
+    """What was expected of the chosen candidate and of the run, beside what came of it."""
+    diagnosis, chosen = record.diagnosis, record.chosen
+    if diagnosis is None or chosen is None:
+        return []
+    rows = [r for r in diagnosis.expectations if (r.runtime, r.precision) == (chosen.runtime, chosen.precision)]
+    shown = [f"expected: {gain(row)}" for row in rows]
+    return [*shown, effort(diagnosis.effort)] if diagnosis.effort is not None else shown
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
