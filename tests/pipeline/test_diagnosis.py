@@ -149,7 +149,7 @@ def test_what_is_expected_of_each_precision():
         for row in diagnose(network, {"mine": prepared(network, call, capabilities)}, ("avx512_vnni",), 1).expectations
     }
     assert 1 < rows["int8"].faster <= 4 and 3 < rows["int8"].smaller < 4  # biases stay
-    assert rows["bf16"].smaller == 1.0 and rows["bf16"].faster == pytest.approx(1.0, abs=0.01)  # not multiplied here
+    assert rows["bf16"].smaller == 1.0 and rows["bf16"].faster < rows["int8"].faster  # its bytes alone are fewer here
     elsewhere = diagnose(network, {"mine": prepared(network, call, capabilities)}, (), 1, here=False)
     assert elsewhere.balance is None and all(row.faster is None for row in elsewhere.expectations)
 
