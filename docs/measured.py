@@ -1132,7 +1132,55 @@ def binary_artifact() -> str:
     return "\n".join([*lines, "", told])
 
 
+def diagnosis() -> str:
+    """What was expected of every precision, and what was measured."""
+    data = _read("diagnosis")
+    lines = [
+        "| | faster at most | measured | weights smaller at most | files smaller, measured |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in data["networks"].items():
+        for e in row["diagnosis"]["expectations"]:
+            if e["precision"] not in ("int8", "bf16"):
+                continue
+            doubt = " (busy)" if e["doubt"] else ""
+            cells = [f"{name}, {e['runtime']}-{e['precision']}"]
+            measured = "not timed" if e["faster_measured"] is None else _factor(e["faster_measured"]) + doubt
+            cells += [_factor(e["faster"]), measured]
+            cells += [_factor(e["smaller"]), _factor(e["smaller_measured"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    rows = list(data["networks"].values())
+    spent = ", ".join(f"{us:.1f} µs in {runtime}" for runtime, us in data["operator_us"].items())
+    took = ", ".join(f"{name} {row['diagnose_s']:.1f} s" for name, row in data["networks"].items())
+    runs = "; ".join(
+        f"{name} {e['expected_s']:.0f} s expected, {e['took_s']:.0f} s real"
+        for name, e in ((name, row["diagnosis"]["effort"]) for name, row in data["networks"].items())
+    )
+    ends = [f"The diagnosis took: {took}. The runs took: {runs}. A tiny convolution takes {spent}."]
+    if any(e["faster_measured"] is None for row in rows for e in row["diagnosis"]["expectations"]):
+        ends.append("What is not timed was rejected by its parity.")
+    if any(e["doubt"] for row in rows for e in row["diagnosis"]["expectations"]):
+        ends.append("Where it says busy, other programs used the processor, and the timing can't be trusted.")
+    return "\n".join([*lines, "", " ".join(ends), "", conditions(rows[0]["machine"], rows[0]["versions"])])
+
+
+def _factor(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2f}×"
+
+
+def diagnosis_lines() -> str:
+    """The findings of every network, as they are printed."""
+    data = _read("diagnosis")["networks"]
+    texts = []
+    for name, row in data.items():
+        findings = [f"{f['kind']}: {f['words']}" for f in row["diagnosis"]["findings"]]
+        texts.append("\n".join([name, *(f"  {text}" for text in findings or ["nothing stands in the way"])]))
+    return "\n".join(["```text", *texts, "```"])
+
+
 TABLES = {
+    "diagnosis": diagnosis,
+    "diagnosis_lines": diagnosis_lines,
     "binary_training": binary_training,
     "binary_artifact": binary_artifact,
     "binary_convolutions": binary_convolutions,
