@@ -19,13 +19,14 @@ from torch.export import ExportedProgram
 
 from penjing.errors import ExportError
 from penjing.network.exporting import Dynamic, export, with_plain_outputs
-from penjing.network.graph import compute, kind, line
+from penjing.network.graph import arguments, compute, kind, line, operator_name
 from penjing.network.graph import site as where
 from penjing.network.naming import free_name
 from penjing.numerics import operators
 
 _SITE = "penjing_site"  # in metadata that torch carries through export, decompositions and files
 _LIBRARIES = ("aten", "prims", "higher_order", "penjing", "quantized_decomposed")
+_WHOLE = ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")  # with an output of one place
 _EPS = torch.finfo(torch.float32).eps  # the smallest scale of a range that is taken at run time
 
 IDLE = ("dropout", "identity")
@@ -71,6 +72,26 @@ def sited(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
+def maxima_of_axes(network: fx.GraphModule) -> None:
+    """Write global max pooling as the maximum of axes, which more converters know; the network is modified."""
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or operator_name(node) not in _WHOLE:
+            continue
+        size, users = arguments(node)["output_size"], list(node.users)
+        values = [user for user in users if user.target is operator.getitem and user.args[1] == 0]
+        if any(n != 1 for n in size) or any(user.users for user in users if user not in values):
+            continue  # of windows, or with the places of the maxima
+        axes = list(range(-len(size), 0))
+        with network.graph.inserting_before(node):
+            largest = network.graph.call_function(torch.ops.aten.amax.default, (node.args[0], axes, True))
+        largest.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+        for user in users:
+            user.replace_all_uses_with(largest)
+            network.graph.erase_node(user)
+        network.graph.erase_node(node)
+    network.recompile()
+
+
 def _refuse_foreign(network: fx.GraphModule) -> None:
     """Raise ExportError for an operator of a user's or a third library: a converter's process does not have it."""
     for node in network.graph.nodes:
@@ -100,6 +121,7 @@ def in_operators_of_torch(network: fx.GraphModule, keeps: Keeps = narrow, by_cha
     """
     _refuse_foreign(network)
     network = sited(network)
+    maxima_of_axes(network)
     writer = _Writer(network, keeps, by_channel)
     for node in list(network.graph.nodes):
         write = writer.writers.get(node.target)

@@ -72,11 +72,11 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     """Write model.so, for one sample and for this processor."""
     import torch
 
-    from penjing.runtimes import decomposed, isolated, single_sample
+    from penjing.runtimes import isolated, single_sample
     from penjing.tasks.outputs import output_names
 
     names = output_names(structure)
-    program, inputs, outputs = single_sample.exported(network, call, dynamic, names, "TVM", decomposed.sited)
+    program, inputs, outputs = single_sample.exported(network, call, dynamic, names, "TVM", _prepared)
     _count_from_the_front(program)
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside) / "relax.json"
@@ -95,6 +95,14 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"processor": processor},
     )
+
+
+def _prepared(network: Any) -> Any:
+    from penjing.runtimes import decomposed
+
+    network = decomposed.sited(network)
+    decomposed.maxima_of_axes(network)
+    return network
 
 
 def _count_from_the_front(program: Any) -> None:
@@ -136,7 +144,8 @@ def _relax(program: Any, network: Any) -> str:
 
     program = program.run_decompositions()
     try:
-        module = from_exported_program(program, keep_params_as_input=False)
+        own = {"amax.default": _largest, "amin.default": _smallest}
+        module = from_exported_program(program, keep_params_as_input=False, custom_convert_map=own)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise ExportError(
@@ -147,6 +156,25 @@ def _relax(program: Any, network: Any) -> str:
             remedy="write that operator with others, or choose another runtime",
         ) from error
     return str(tvm.ir.save_json(module))
+
+
+def _largest(node: Any, importer: Any) -> Any:
+    """The maximum of axes, which the front end (0.26) has no form of."""
+    from tvm import relax
+
+    return importer.block_builder.emit(relax.op.max(*_over_axes(node, importer)))
+
+
+def _smallest(node: Any, importer: Any) -> Any:
+    from tvm import relax
+
+    return importer.block_builder.emit(relax.op.min(*_over_axes(node, importer)))
+
+
+def _over_axes(node: Any, importer: Any) -> tuple[Any, Any, bool]:
+    """The value, its axes (None: all), and whether they stay with a size of 1."""
+    source, axes, keep = (*node.args, [], False)[:3] if len(node.args) == 1 else (*node.args, False)[:3]
+    return importer.env[source], list(axes) or None, keep
 
 
 def _culprit(error: BaseException, text: str, program: Any, network: Any) -> str:

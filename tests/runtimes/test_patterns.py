@@ -1,0 +1,34 @@
+"""Patterns that converters lack, in every runtime that has a converter of its own: the artifact answers as torch."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from penjing import runtimes
+from penjing.runtimes import isolated
+from tests.tiny_networks import Case, export
+
+
+class WholeMaxima(nn.Module):
+    """The maximum of whole pictures and rows, as a layer and by axes; and the smallest value."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.pool, self.rows = nn.AdaptiveMaxPool2d(1), nn.AdaptiveMaxPool1d(1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.pool(x).flatten(1)), self.rows(x.flatten(2))[..., 0], x.amax((2, 3)), x.amin(1)
+
+
+@pytest.mark.parametrize("runtime", ["litert", "executorch", "tvm"])
+def test_global_max_pooling(runtime, tmp_path, tmp_path_factory, monkeypatch):
+    if not runtimes.installed(runtime):
+        pytest.skip(f"{runtime} is not installed")
+    monkeypatch.setenv("PENJING_TVM_SECONDS", "0")
+    monkeypatch.setenv("PENJING_CACHE", str(tmp_path_factory.mktemp("cache")))
+    artifact = export(Case(WholeMaxima, ((3, 7, 6),), {}, tuple("abcd")), runtime, "fp32", tmp_path)
+    answers = isolated.open_artifact(artifact.folder, 1).run(artifact.arrays(2, seed=3))
+    for answer, expected in zip(answers, artifact.answers(2, seed=3), strict=True):
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
