@@ -10,7 +10,7 @@ from types import TracebackType
 from penjing.errors import ArtifactError
 from penjing.measure.processes import Process
 
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -56,7 +56,7 @@ class Child:
         self.opening_s, self.call_s = opening_s, call_s
         arguments = [str(folder), str(inputs), "--threads", str(threads)]
         arguments += ["--cpus", ",".join(map(str, cpus)), "--opener", opener]
-        environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
         self._process = Process(name, "penjing.measure.worker", arguments, environment)
 
     def ready(self) -> float:

@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.cpus and hasattr(psutil.Process, "cpu_affinity"):
             # Before the runtime starts its threads, which inherit it.
             psutil.Process().cpu_affinity([int(cpu) for cpu in options.cpus.split(",")])
-        inputs = _inputs(options.inputs)
+        inputs = stored_inputs(options.inputs)
         baseline = rss_bytes()
-        opener, start = _opener(options.opener), perf_counter_ns()
+        opener, start = opener_named(options.opener), perf_counter_ns()
         artifact = opener(options.folder, threads=options.threads)
         send(answers, {"ready": True, "load_ms": (perf_counter_ns() - start) / 1e6})
         gc.collect()
@@ -117,12 +117,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _inputs(path: Path) -> list[npt.NDArray[Any]]:
+def stored_inputs(path: Path) -> list[npt.NDArray[Any]]:
+    """The arrays of a file of `Child`."""
     with np.load(path, allow_pickle=False) as stored:
         return [stored[f"arr_{i}"] for i in range(len(stored.files))]
 
 
-def _opener(name: str) -> Callable[..., Any]:
+def opener_named(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
     module, _, function = name.partition(":")
     opener: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return opener
