@@ -13,6 +13,7 @@ from penjing.records import Candidate
 from penjing.records.search import SearchRow, TrialRow
 from penjing.search.beliefs import Beliefs, Observation
 from penjing.search.choice import Choice
+from penjing.search.failures import Failures
 from penjing.search.promise import Wanted, as_floats
 from penjing.search.trial import Begun, Outcome, read
 
@@ -32,6 +33,19 @@ class Trial:
     outcome: Outcome
     begun: Begun
     folder: Path
+
+    @property
+    def offered(self) -> tuple[Candidate, ...]:
+        """Its artifacts but those that were rejected."""
+        return tuple(c for c in self.outcome.candidates if c.rejection is None)
+
+    @property
+    def failure(self) -> str:
+        """Why it gave nothing, in one line; "" where it did."""
+        if self.offered or self.outcome.failure:
+            return self.outcome.failure
+        reasons = [f"{c.name} was rejected: {c.rejection.reason}" for c in self.outcome.candidates if c.rejection]
+        return "; ".join(reasons) or "no artifact could be built"
 
     @classmethod
     def read(cls, folder: Path, number: int) -> Trial | None:
@@ -54,7 +68,7 @@ class History:
     @property
     def best(self) -> float:
         """The objective of the best artifact that meets the goal; where none does, of the network as it is."""
-        every = [c for t in self.trials for c in t.outcome.candidates if c.rejection is None]
+        every = [c for t in self.trials for c in t.offered]
         meeting = [v for c in every if c.met and (v := self.wanted.value(c))]
         plain = [v for c in (self.trials[0].outcome.candidates if self.trials else ()) if (v := self.wanted.value(c))]
         values = meeting or plain or [1.0]
@@ -65,17 +79,10 @@ class History:
         chosen = goals.choose(self.goal, trial.outcome.candidates).chosen
         return next((c for c in trial.outcome.candidates if c.name == chosen and c.rejection is None), None)
 
-    def fails(self, choice: Choice) -> bool:
-        """Whether a choice will fail as another did: one that removes as much or more of the same."""
-        if not choice.structural:
-            return False
-        failed = [t.outcome.choice for t in self.trials if t.outcome.failure and t.outcome.choice.structural]
-        worked = {_structure(t.outcome.choice) for t in self.trials if not t.outcome.failure}
-        return any(
-            other.technique == choice.technique and choice.keep <= other.keep and choice.blocks >= other.blocks
-            for other in failed
-            if _structure(other) not in worked
-        )
+    def failures(self) -> Failures:
+        """What failed: trials with an error, and those whose artifacts were all rejected."""
+        failed = [t.outcome.choice for t in self.trials if not t.offered]
+        return Failures(failed, [t.outcome.choice for t in self.trials if t.offered])
 
     def beliefs(self, running: Iterable[Choice] = ()) -> Beliefs:
         """What is to be expected; trials in progress count as if they gave what is expected of them."""
@@ -118,9 +125,5 @@ class History:
             measured={n: v for n, v in goals.figures(best).items() if v is not None} if best else {},
             best=best.name if best else "",
             met=best is not None and best.met,
-            failure=outcome.failure,
+            failure=trial.failure,
         )
-
-
-def _structure(choice: Choice) -> tuple[str, float, int]:
-    return choice.technique, choice.keep, choice.blocks

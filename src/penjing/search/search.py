@@ -191,10 +191,14 @@ class Search:
                 return choice, ""
         if any(choice in self.running.values() for choice in first):
             return None, "the first trials are not over"
-        looks = self._paces()
+        looks, failures = self._paces(), self.history.failures()
         for choice in self.plan[2:]:
             late = FIRST_LOOKS * 60 * (self.clock.minutes or math.inf)
-            if choice not in begun and self.clock.spent + looks.seconds(choice) <= late:
+            if (
+                choice not in begun
+                and not failures.expects(choice)
+                and self.clock.spent + looks.seconds(choice) <= late
+            ):
                 return choice, ""
         return self._worthiest(begun)
 
@@ -202,7 +206,8 @@ class Search:
         """The choice that promises most, or why nothing more is tried."""
         pace = self._paces()
         every = dict.fromkeys([*self.space, *self.study.suggested(SUGGESTED)])
-        choices = [c for c in every if c not in begun and not self.history.fails(c)]
+        failures = self.history.failures()
+        choices = [c for c in every if c not in begun and not failures.expects(c)]
         affordable = [c for c in choices if pace.seconds(c) <= self.clock.left]
         if not affordable:
             return None, "no choice that is left fits into the time" if choices else "every choice was tried"
@@ -243,18 +248,18 @@ class Search:
         self.clock.reserve = max(self.clock.reserve, finish.expected_seconds(self.prepared, self.history.trials))
         best, outcome = self.history.best_of(trial), trial.outcome
         figures = goals.figures(best) if best is not None else None
-        told = {"seconds": outcome.seconds, "artifact": best.name if best else "", "failure": outcome.failure}
+        told = {"seconds": outcome.seconds, "artifact": best.name if best else "", "failure": trial.failure}
         self.study.end(number, figures, told)
         self.prepared.run.folder.write_state("search-seconds", self.clock.spent)
         self.events(
             "tried", number=number, words=outcome.choice.words(), met=best is not None and best.met,
             figures={n: v for n, v in (figures or {}).items() if v is not None}, predicted=trial.begun.predicted,
-            failure=outcome.failure, seconds=outcome.seconds,
+            failure=trial.failure, seconds=outcome.seconds,
         )  # fmt: skip
 
     def _add(self, trial: Trial) -> None:
         self.history.add(trial)
-        self.clock.has_result |= any(c.rejection is None for c in trial.outcome.candidates)
+        self.clock.has_result |= bool(trial.offered)
 
     def _place(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
