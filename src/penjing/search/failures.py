@@ -54,7 +54,7 @@ def _at_most(one: Choice, other: Choice) -> bool:
 
 
 def _parts(choice: Choice) -> list[str]:
-    parts = [choice.technique] if choice.technique != "none" else []
+    parts: list[str] = [choice.technique] if choice.technique != "none" else []
     parts += ["blocks"] if choice.blocks else []
     parts += ["training"] if choice.epochs else []
     return parts + (["integers", _way(choice)] if choice.integers != "none" else [])
