@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import cli
+from penjing import cli, runtimes
+from penjing.cli.blockers import lines
 from penjing.errors import OutputError
 from penjing.network.capture import capture_network
 from penjing.pipeline.inspection import inspect
@@ -210,3 +211,12 @@ def test_what_fails_only_where_sizes_vary_is_found_by_its_place(monkeypatch):
     monkeypatch.setattr(onnx_file.export_cache, "store", lambda key, data: None)
     (refusal,) = asked(Net(F.hardswish), "onnxruntime")
     assert refusal.shapes and refusal.kind == "hardswish" and refusal.sites[0] == "a"
+
+
+def test_what_says_something_of_the_whole_network_is_told_once():
+    if not runtimes.installed("kernels"):
+        pytest.skip("tvm is not installed")
+    (refusal,) = asked(Net(untranslated), "kernels")  # it has no binary layer, and an operator that is unknown too
+    assert refusal.kind == "network" and "binary or ternary" in refusal.reason and len(refusal.sites) > 3
+    texts = list(lines({"kernels": (refusal,)}))
+    assert texts == ["\nkernels can't take this network as a whole", f"    {refusal.reason}"]

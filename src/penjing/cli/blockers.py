@@ -32,6 +32,10 @@ def lines(refused: Mapping[str, tuple[Refusal, ...]]) -> Iterator[str]:
         if not refusals:
             yield f"\n{runtime} takes every operator: exported, opened and run"
             continue
+        if refusals[0].kind == "network":
+            yield f"\n{runtime} can't take this network as a whole"
+            yield from list(_one(refusals[0]))[1:]
+            continue
         count = sum(1 + len(refusal.alike) for refusal in refusals)
         yield f"\n{runtime} can't take this network: {count} {'place' if count == 1 else 'places'}"
         for refusal in refusals:

@@ -277,6 +277,12 @@ class _Reader:
         self.operations.append(Operation("maximum", (name,), self._new(node, (*window.outputs, channels)), window))
 
 
+def has_levels(network: fx.GraphModule) -> bool:
+    """Whether a layer has weights of two or three levels, which these kernels are for."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    return any(_levels(_array(layer.weight)) is not None for layer in layers)
+
+
 def _levels(weights: np.ndarray) -> np.ndarray | None:
     """α of every filter where all weights, (filters, …), are −α, 0 or α, and some filter has several; else None."""
     rows = np.abs(weights).reshape(len(weights), -1)
@@ -338,4 +344,4 @@ _HANDLERS: dict[str, Callable[[_Reader, fx.Node], None]] = {
     "identity": _Reader._same,
 }
 
-__all__ = ["Described", "Operation", "described"]
+__all__ = ["Described", "Operation", "described", "has_levels"]

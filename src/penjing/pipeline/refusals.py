@@ -30,6 +30,8 @@ from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
 
 Nodes = list[fx.Node]
+OF_THE_WHOLE = ("no-levels", "ports", "varying-sizes")
+"""Codes of errors that say something of a network as a whole: no operator of it is to blame, no part either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Refusal:
 
     Attributes:
         sites: Its operators, usually one.
-        kind: Of the last of them.
+        kind: Of the last of them; "network" where the network as a whole is refused.
         where: The line of the user's code, or the node of the ONNX file; "" where unknown.
         stage: "export", "open" or "run".
         reason: What the exporter or the runtime says.
@@ -61,6 +63,7 @@ class Refusal:
 class _Trouble:
     stage: str
     reason: str
+    code: str = ""
 
 
 def refused(
@@ -138,6 +141,9 @@ class _Search:
         if whole is None:
             return []
         self.values = _values(self.network, self.task)
+        if whole.code in OF_THE_WHOLE:
+            refusal, part = self._told(self.nodes, whole=whole)
+            return [(replace(refusal, kind="network", where=""), part)]
         self.varying = self._fails(self.nodes) is None  # with the example's sizes it runs
         if self.varying:
             return [self._first(whole)]
@@ -220,7 +226,8 @@ class _Search:
             return None
         self.tried += 1
         self.events("progress", label=f"parts tried in {self.runtime}", done=self.tried, total=self.tried + len(nodes))
-        return self._ask(part.network, Task(example=part.inputs, dynamic=part.dynamic))
+        trouble = self._ask(part.network, Task(example=part.inputs, dynamic=part.dynamic))
+        return None if trouble is not None and trouble.code in OF_THE_WHOLE else trouble
 
     def _ask(self, network: fx.GraphModule, task: Task) -> _Trouble | None:
         """What goes wrong when the runtime is given a network; None where it runs."""
@@ -235,11 +242,13 @@ class _Search:
                 stage = "run"
                 session.run(evidence.arrays(manifest, (args, kwargs)))
         except Exception as error:  # of torch, of the exporter, of the runtime, or that its process has ended
-            text = f"{type(error).__name__}: {error}"
+            text, code = f"{type(error).__name__}: {error}", ""
             if isinstance(error, PenjingError):
+                code = error.code
                 stage = "open" if error.code == "unreadable" else stage
                 text = f"{error.what}: {error.got}" if error.got else error.what
-            return _Trouble(stage, " ".join(text.replace(f"{aside}: ", "").replace(f"{aside}/", "").split())[:600])
+            words = text.replace(f"{aside}: ", "").replace(f"{aside}/", "").split()
+            return _Trouble(stage, " ".join(words)[:600], code)
         return None
 
     def _likeness(self, nodes: Nodes) -> Any:

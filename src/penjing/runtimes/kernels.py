@@ -57,7 +57,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     """
     from penjing.kernels.instruction_sets import here
     from penjing.kernels.library import write
-    from penjing.kernels.network import described
+    from penjing.kernels.network import described, has_levels
     from penjing.network.exporting import input_names, port_names
     from penjing.runtimes.single_sample import ports
     from penjing.tasks.outputs import output_names
@@ -72,8 +72,9 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
             expected="an input (batch, channels, height, width) or (batch, channels), and one output",
             remedy="choose another runtime",
         )
+    if not has_levels(network):
+        raise _without_levels(network)
     operations = described(network, inputs[0].shape[1:])
-    _check_levels(operations.operations)
     instructions = here()
     executed = write(operations, folder / LIBRARY, instructions, float_bits=16 if precision == "fp16" else 32)
     trusted.remember(folder / LIBRARY)
@@ -90,16 +91,14 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     )
 
 
-def _check_levels(operations: Any) -> None:
-    """Raise ExportError where no layer has weights of two or three levels: other runtimes are faster then."""
-    if any(o.kind in _COMPUTED for o in operations):
-        return
-    layers = [o for o in operations if "weights" in o.arrays]
-    largest = max(layers, key=lambda o: o.arrays["weights"].size, default=None)
-    raise ExportError(
+def _without_levels(network: Any) -> ExportError:
+    """The error of a network without weights of two or three levels: other runtimes are faster then."""
+    weights = {name: p.numel() for name, p in network.named_parameters() if p.dim() > 1}
+    largest = max(weights, key=lambda name: weights[name], default="").rpartition(".")[0]
+    return ExportError(
         "the runtime kernels is for networks with binary or ternary layers, and this network has none",
         code="no-levels",
-        got="no layer with weights" if largest is None else f"floating-point weights of {largest.site}, the largest",
+        got=f"floating-point weights of {largest}, the largest" if largest else "no layer with weights",
         expected="layers whose weights have two or three levels",
         remedy="put quantize.Binary(...) or quantize.Ternary(...) into the recipe, or choose another runtime",
     )
