@@ -70,6 +70,7 @@ def _cut(tensor):
     """Exactly TOKENS tokens of each text, padded with zeros."""
     import torch
 
+    tensor = torch.as_tensor(tensor)
     return torch.nn.functional.pad(tensor[:, :TOKENS], (0, max(0, TOKENS - tensor.shape[1]))).contiguous()
 
 

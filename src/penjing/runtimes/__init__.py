@@ -19,7 +19,7 @@ import numpy as np
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.records.manifest import Manifest, Port, read_manifest, write_manifest
 from penjing.runtimes.artifact import Checked, Executed, Timed
-from penjing.runtimes.specs import ALL, AUTO, DEPLOYED, SPECS, Place, RuntimeSpec
+from penjing.runtimes.specs import ALL, AUTO, DEPLOYED, MAC, NVIDIA, SPECS, Place, RuntimeSpec
 from penjing.runtimes.versions import clashes
 from penjing.steps.plan import Capabilities
 
@@ -247,6 +247,8 @@ __all__ = [
     "ALL",
     "AUTO",
     "DEPLOYED",
+    "MAC",
+    "NVIDIA",
     "Place",
     "Runtime",
     "RuntimeSpec",
