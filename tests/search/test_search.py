@@ -197,3 +197,50 @@ def test_short_minutes_give_the_network_as_it_is(tmp_path):
     done = pj.compress(network(), task(), "minimize size_bytes", minutes=0.001, out=tmp_path, **OPTIONS)
     assert [row.words for row in done.record.search.trials] == ["as it is"]
     assert done.met and "minutes are over" in done.record.search.stopped
+
+
+def quick(out, **options):
+    """A search of a few trials without training."""
+    return pj.compress(network(), task(), GOAL, **({"trials": 3, "out": out} | OPTIONS | options))
+
+
+def test_a_search_that_ended_goes_on_when_it_is_given_more(tmp_path):
+    first = quick(tmp_path, trials=2)
+    events = []
+    more = quick(tmp_path, trials=3, resume=True, listeners=[events.append])
+    assert [event["number"] for event in events if event["kind"] == "trial"] == [2]
+    assert more.record.search.trials[:2] == first.record.search.trials
+    assert more.record.search.seconds > first.record.search.seconds
+    assert records.read(tmp_path) == more.record
+    assert quick(tmp_path, trials=3, resume=True).record == more.record
+
+
+def test_a_trial_whose_files_are_damaged_is_carried_out_again(tmp_path):
+    with pytest.raises(Interrupted):
+        quick(tmp_path, trials=2, listeners=[interrupting("tried", 1)])
+    for name in ("trial.json", "begun.json", "seconds.json"):
+        (tmp_path / "search" / "trials" / "0001" / name).write_text('{"cho')
+    events = []
+    done = quick(tmp_path, trials=2, resume=True, listeners=[events.append])
+    assert [event["number"] for event in events if event["kind"] == "trial"] == [1]
+    assert any("trial 1" in event["text"] for event in events if event["kind"] == "warning")
+    assert [row.words for row in done.record.search.trials] == ["as it is", "INT8 rounded"]
+
+
+def test_runs_that_share_a_study_carry_out_their_own_trials(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with pytest.raises(Interrupted):
+        quick(tmp_path / "one", study=url, listeners=[interrupting("trial", 1)])
+    two = quick(tmp_path / "two", trials=2, study=url)
+    assert [row.number for row in two.record.search.trials] == [2, 3]
+    one = quick(tmp_path / "one", trials=2, study=url, resume=True)
+    assert [row.number for row in one.record.search.trials] == [0, 1]
+
+
+def test_a_damaged_study_in_the_run_folder_names_the_way_out(tmp_path):
+    with pytest.raises(Interrupted):
+        quick(tmp_path, listeners=[interrupting("trial", 0)])
+    (tmp_path / "search" / "study.db").write_bytes(b"SQLite format 3\0 and no more")
+    with raises_case(OutputError, "study") as caught:
+        quick(tmp_path, resume=True)
+    assert "--force" in caught.value.remedy

@@ -128,6 +128,11 @@ class RunFolder:
         with writing(self.path), replacing(self.path / name) as aside:
             yield aside
 
+    def reopen(self) -> None:
+        """Take back that the run has finished: its record goes, and it may be claimed and gone on with."""
+        with writing(self.path):
+            (self.path / RECORD).unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Drop what was kept to resume."""
         shutil.rmtree(self.path / STATE, ignore_errors=True)

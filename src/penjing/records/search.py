@@ -47,6 +47,7 @@ class SearchRow:
         stopped: Why it came to its end, in words.
         seconds: It took, without what came before an interruption.
         minutes: It was given; None without a limit.
+        most: Trials that it was given; None without a limit.
         study: Where its trials are kept: a file in the run folder, or the database without its password.
         notes: What was left out of the space, and why.
         chosen: The number of the trial that the artifact is from.
@@ -57,6 +58,7 @@ class SearchRow:
     stopped: str
     seconds: float = 0.0
     minutes: float | None = None
+    most: int | None = None
     study: str = ""
     notes: tuple[str, ...] = ()
     chosen: int | None = None

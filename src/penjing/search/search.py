@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from penjing.pipeline.order import Order
 from penjing.pipeline.prepare import Prepared, prepare
 from penjing.recipes.recipe import Recipe
 from penjing.records import Record
+from penjing.records.files import write_text
 from penjing.records.folder import SEARCH, RunFolder
 from penjing.records.lock import locked
+from penjing.records.search import SearchRow
 from penjing.search import finish
 from penjing.search.budget import Clock, OutOfTime, Paces, paces
 from penjing.search.choice import Choice
@@ -64,6 +67,12 @@ class Budget:
         if self.trials is not None and (isinstance(self.trials, bool) or self.trials < 1):
             raise UsageError("a search takes some trials", code="trials", got=self.trials, expected="1 or more")
 
+    def exceeds(self, before: SearchRow) -> bool:
+        """Whether it gives more minutes or trials than a search had that came to its end."""
+        minutes = before.seconds / 60 if before.minutes is None else before.minutes
+        trials = len(before.trials) if before.most is None else before.most
+        return (self.minutes or 0) > minutes or (self.trials or 0) > trials
+
 
 def search(order: Order, budget: Budget, out: Path | str, *, resume: bool, force: bool) -> Result:
     """Search for the artifact that meets a goal best.
@@ -83,10 +92,17 @@ def search(order: Order, budget: Budget, out: Path | str, *, resume: bool, force
     with locked(out):
         folder = RunFolder(out, resume=resume, force=force)
         try:
-            prepared = prepare(replace(order, recipe=Recipe(), searches=True), folder)
             opened_from = pretrained_folder(order)
+            asked = replace(order, recipe=Recipe(), searches=True)
+            prepared = prepare(asked, folder)
             if isinstance(prepared, Record):
-                return Result(prepared, folder.path, opened_from)
+                before = prepared
+                if before.search is None or not budget.exceeds(before.search):
+                    return Result(before, folder.path, opened_from)
+                folder.reopen()
+                prepared = prepare(asked, folder)
+                assert not isinstance(prepared, Record)
+                folder.write_state("search-seconds", before.search.seconds)
             names = picking.picked(prepared)
             prepared = replace(prepared, order=replace(prepared.order, runtimes=names, auto=False))
             workers = Here(prepared, clock) if budget.cluster is None else OnRay(prepared, clock, budget.cluster)
@@ -116,17 +132,18 @@ class Search:
             "seed": prepared.order.seed,
         }
         url = budget.study or f"sqlite:///{(self.folder / 'study.db').absolute()}"
-        self.study = Study(url, asked, self._axes(), self.space, prepared.order.seed)
+        own = budget.study is None
+        self.study = Study(url, asked, self._axes(), self.space, prepared.order.seed, run=self._identity(), own=own)
         self.running: dict[int, Choice] = {}
         self.plan: list[Choice] = []
         self.poor, self.epoch_s = 0, -1.0
 
     def run(self) -> finish.Searched:
         """Go round until the budget is spent."""
-        self._take_up()
         self.plan = self._first_looks()
-        self._tell_plan()
         try:
+            self._take_up()
+            self._tell_plan()
             stopped = self._rounds()
         except OutOfTime:
             stopped = f"the {self.budget.minutes:g} minutes are over; a trial was broken off"
@@ -135,6 +152,7 @@ class Search:
             raise finish.failed(trials)
         rows = replace(self.history.rows(stopped), notes=self.space.notes, study=self.study.shown_url)
         rows = replace(rows, seconds=round(self.clock.spent, 1), minutes=self.budget.minutes)
+        rows = replace(rows, most=self.budget.trials)
         return finish.Searched(trials=tuple(trials), rows=rows, learning=self.space.learning)
 
     def _rounds(self) -> str:
@@ -154,14 +172,25 @@ class Search:
 
     def _take_up(self) -> None:
         """Take up what an interrupted search had; its unfinished trials go on first."""
-        for number, _ in self.study.ended():
+        damaged = []
+        for number, choice in self.study.ended():
             if (trial := Trial.read(self._place(number), number)) is not None:
                 self._add(trial)
+            else:
+                self.prepared.run.warn(f"what trial {number} gave can't be read; it is carried out again")
+                damaged.append((number, choice))
         self.clock.before = self.prepared.run.folder.read_state("search-seconds") or 0.0
-        for number, choice in self.study.begun():
+        for number, choice in [*damaged, *self.study.begun()]:
             if len(self.running) >= self.workers.count:
                 self._took(self.workers.wait())
             self._begin(number, choice)
+
+    def _identity(self) -> str:
+        """Of this search among those of a study that several share."""
+        path = self.folder / "run"
+        if not path.exists():
+            write_text(path, uuid.uuid4().hex)
+        return path.read_text()
 
     def _first_looks(self) -> list[Choice]:
         """The network as it is, its integers, and a few structures without training."""

@@ -7,11 +7,12 @@ shows it. Beside what the search proposes by itself, the tree-structured Parzen 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from penjing.errors import MissingDependency, OutputError, PenjingError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
 NAME = "penjing"
-_ASKED, _CHOICE = "penjing: request", "penjing: choice"
+_ASKED, _CHOICE, _RUN = "penjing: request", "penjing: choice", "penjing: run"
 
 
 def _optuna() -> Any:
@@ -49,6 +50,8 @@ class Study:
         axes: The figures of the goal, each with 1 where smaller is better and -1 where larger is.
         space: What may vary.
         seed: Of the suggestions.
+        run: Tells the trials of this run from those of others in the same study.
+        own: Whether the study lies in the run folder.
 
     Raises:
         MissingDependency: Optuna is not installed.
@@ -56,15 +59,23 @@ class Study:
     """
 
     def __init__(
-        self, url: str, asked: dict[str, Any], axes: Sequence[tuple[str, int]], space: Space, seed: int
+        self,
+        url: str,
+        asked: dict[str, Any],
+        axes: Sequence[tuple[str, int]],
+        space: Space,
+        seed: int,
+        *,
+        run: str,
+        own: bool,
     ) -> None:
         self.url, self.optuna, self.seed, self.axes = url, _optuna(), seed, tuple(axes)
         self.distributions = _distributions(self.optuna, space)
-        self.space = space
+        self.space, self.run, self.own = space, run, own
         self._open: dict[int, Any] = {}
         directions = ["minimize" if sign > 0 else "maximize" for _, sign in axes]
         plain = json.loads(json.dumps(asked))
-        try:
+        with self._answering():
             self.study: optuna.Study = self.optuna.create_study(
                 storage=url, study_name=NAME, directions=directions, load_if_exists=True
             )
@@ -74,22 +85,12 @@ class Study:
                 with warnings.catch_warnings():  # that names of metrics are experimental
                     warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
                     self.study.set_metric_names([figure for figure, _ in axes])
-        except PenjingError:
-            raise
-        except Exception as error:  # of SQLAlchemy and of its many drivers
-            raise OutputError(
-                "the study can't be opened",
-                code="study",
-                got=f"{url}: {' '.join(str(error).split())[:300]}",
-                expected="a file that Optuna wrote, or a database that answers",
-                remedy="another --study, or none: then it lies in the run folder",
-            ) from error
         changed = [key for key in plain if before is not None and before.get(key) != plain[key]]
         if changed:
             raise OutputError(
                 f"the study is of another search: {', '.join(changed)}",
                 code="other-study",
-                got=url,
+                got=self.shown_url,
                 expected="a study of the same network, task and goal, or a new one",
                 remedy="another --study, or none: then it lies in the run folder",
             )
@@ -99,26 +100,47 @@ class Study:
         """Where the trials are kept, without a password."""
         return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.url)
 
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What the database fails at as an OutputError: a file that is damaged or locked, a server that is gone."""
+        try:
+            yield
+        except (PenjingError, ImportError):
+            raise
+        except Exception as error:  # of SQLAlchemy and of its many drivers
+            raise OutputError(
+                "the study can't be opened",
+                code="study",
+                got=f"{self.shown_url}: {' '.join(str(error).split())[:300]}",
+                expected="a file that Optuna wrote, or a database that answers",
+                remedy="--force starts over in this run folder" if self.own else "another --study, or none",
+            ) from error
+
     def begun(self) -> list[tuple[int, Choice]]:
         """Trials that were begun and have not ended: of a search that was interrupted."""
-        running = self.optuna.trial.TrialState.RUNNING
-        trials = self.study.get_trials(deepcopy=False, states=(running,))
-        mine = [t for t in trials if _CHOICE in t.user_attrs]
+        mine = self._mine(self.optuna.trial.TrialState.RUNNING)
         self._open |= {t.number: self.optuna.trial.Trial(self.study, t._trial_id) for t in mine}
         return [(t.number, Choice(**t.user_attrs[_CHOICE])) for t in mine]
 
     def ended(self) -> list[tuple[int, Choice]]:
         """Trials that have ended, failed ones among them, in the order of their beginning."""
         states = (self.optuna.trial.TrialState.COMPLETE, self.optuna.trial.TrialState.FAIL)
-        trials = self.study.get_trials(deepcopy=False, states=states)
-        return [(t.number, Choice(**t.user_attrs[_CHOICE])) for t in trials if _CHOICE in t.user_attrs]
+        return [(t.number, Choice(**t.user_attrs[_CHOICE])) for t in self._mine(*states)]
+
+    def _mine(self, *states: Any) -> list[Any]:
+        """Trials of this run; a study in a database may have those of others."""
+        with self._answering():
+            trials = self.study.get_trials(deepcopy=False, states=states)
+        return [t for t in trials if _CHOICE in t.user_attrs and t.user_attrs.get(_RUN, self.run) == self.run]
 
     def begin(self, choice: Choice) -> int:
         """Begin a trial; returns its number."""
-        self.study.enqueue_trial({k: v for k, v in choice.data().items() if k in self.distributions})
-        trial = self.study.ask(self.distributions)
-        trial.set_user_attr(_CHOICE, choice.data())
-        trial.set_user_attr("recipe", choice.words())
+        with self._answering():
+            self.study.enqueue_trial({k: v for k, v in choice.data().items() if k in self.distributions})
+            trial = self.study.ask(self.distributions)
+            trial.set_user_attr(_RUN, self.run)
+            trial.set_user_attr(_CHOICE, choice.data())
+            trial.set_user_attr("recipe", choice.words())
         self._open[trial.number] = trial
         return trial.number
 
@@ -130,19 +152,24 @@ class Study:
             figures: By name; one that was not measured makes the trial a failed one.
             told: More about it, for the dashboard.
         """
-        trial = self._open.pop(number)
-        for key, value in told.items():
-            trial.set_user_attr(key, value)
+        trial = self._open.pop(number, None)
+        if trial is None:  # it had ended before, and was carried out again because its folder was damaged
+            return
         values = [None if figures is None else figures.get(figure) for figure, _ in self.axes]
         measured = [value for value in values if value is not None and math.isfinite(value)]
-        if len(measured) < len(values):
-            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
-        else:
-            self.study.tell(trial, measured, skip_if_finished=True)
+        with self._answering():
+            for key, value in told.items():
+                trial.set_user_attr(key, value)
+            if len(measured) < len(values):
+                self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            else:
+                self.study.tell(trial, measured, skip_if_finished=True)
 
     def suggested(self, count: int) -> list[Choice]:
         """Choices that the sampler suggests after what was tried; the same again after the same trials."""
-        done = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and t.values is not None]
+        with self._answering():
+            every = self.study.get_trials(deepcopy=False)
+        done = [t for t in every if t.state.is_finished() and t.values is not None]
         if len(done) < 4:
             return []
         scratch = self.optuna.create_study(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from penjing.errors import RecordError
 from penjing.goals import goal as goals
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.candidates import build
@@ -24,6 +26,7 @@ from penjing.records.reading import json_file
 from penjing.search.choice import Choice
 
 RUN, OUTCOME, BEGUN, SPENT = "run", "trial.json", "begun.json", "seconds.json"
+_Read = TypeVar("_Read")
 SECONDS = 0.3  # of timing for each artifact; the best ones are timed again at the end, side by side
 
 
@@ -70,8 +73,7 @@ class Begun:
     @classmethod
     def read(cls, folder: Path) -> Begun:
         """Of the trial in a folder."""
-        path = folder / BEGUN
-        return from_dict(cls, json_file(path)) if path.exists() else cls()
+        return _stored(folder / BEGUN, lambda data: from_dict(cls, data)) or cls()
 
 
 def carry_out(prepared: Prepared, choice: Choice, recipe: Recipe, folder: Path) -> Outcome:
@@ -127,9 +129,8 @@ def give_up(folder: Path, choice: Choice, recipe: Recipe, failure: str) -> None:
 
 
 def read(folder: Path) -> Outcome | None:
-    """How the trial in a folder ended; None where it has not."""
-    path = folder / OUTCOME
-    return from_dict(Outcome, json_file(path, finite=False)) if path.exists() else None
+    """How the trial in a folder ended; None where it has not, or where that can't be read."""
+    return _stored(folder / OUTCOME, lambda data: from_dict(Outcome, data))
 
 
 def _precisions(prepared: Prepared, choice: Choice) -> tuple[str, ...]:
@@ -141,5 +142,12 @@ def _precisions(prepared: Prepared, choice: Choice) -> tuple[str, ...]:
 
 def _spent(folder: Path) -> float:
     """Seconds that an interrupted trial took before."""
-    path = folder / SPENT
-    return float(json_file(path)) if path.exists() else 0.0
+    return _stored(folder / SPENT, float) or 0.0
+
+
+def _stored(path: Path, opened: Callable[[Any], _Read]) -> _Read | None:
+    """What a file of a trial holds; None where it is missing or damaged: a trial can always be carried out again."""
+    try:
+        return opened(json_file(path, finite=False))
+    except (FileNotFoundError, ValueError, TypeError, RecordError):
+        return None
