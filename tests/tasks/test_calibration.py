@@ -202,3 +202,14 @@ def test_fingerprint_depends_on_values_types_shapes_and_places():
     ]
     assert len({base, *others}) == len(others) + 1
     assert of(((), {"a": X, "b": X + 1})) == of(((), {"b": X + 1, "a": X}))
+
+
+@pytest.mark.parametrize("dynamic", [{"x": {1: "length"}}, {0: {1: "length"}}, {}])
+def test_an_axis_of_samples_that_is_not_named_is_told(dynamic):
+    batch = torch.zeros(4, 9 if dynamic else 5)
+    named = "x" in dynamic
+    example = {"x": torch.zeros(1, 5)} if named else torch.zeros(1, 5)
+    error = refusal("shape", [{"x": batch} if named else batch], example, dynamic=dynamic)
+    assert "axis 0 as well" in error.remedy and "{0: 'batch'" in error.remedy
+    other = refusal("shape", [torch.zeros(4, 9)], torch.zeros(1, 5), dynamic={})  # axis 1 differs too
+    assert "axis 0 as well" not in other.remedy

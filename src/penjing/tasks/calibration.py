@@ -188,14 +188,22 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
     if not fits:
         expected = ", ".join("any" if i in free else str(n) for i, n in enumerate(want.shape))
         missing_batch = list(value.shape) == list(want.shape)[1:]
+        remedy = "preprocess it like the example; name axes that vary in Task.dynamic"
+        if missing_batch:
+            remedy = "stack the samples into a batch: axis 0 is the batch"
+        elif value.dim() == want.dim() and all(
+            a == b or i in free or i == 0 for i, (a, b) in enumerate(zip(value.shape, want.shape, strict=True))
+        ):
+            remedy = (
+                "Task.dynamic has to name axis 0 as well, the number of samples, beside other axes that vary: "
+                "{0: 'batch', …}; or give batches of the example's size"
+            )
         raise CalibrationError(
             f"{place} has a different shape",
             code="shape",
             got=f"({', '.join(map(str, value.shape))})",
             expected=f"({expected})",
-            remedy="stack the samples into a batch: axis 0 is the batch"
-            if missing_batch
-            else "preprocess it like the example; name axes that vary in Task.dynamic",
+            remedy=remedy,
         )
     if value.numel() == 0:
         raise CalibrationError(
