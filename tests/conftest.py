@@ -5,6 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")  # a busy machine takes seconds for an example, and is not what tests look at
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
