@@ -160,10 +160,9 @@ class TestHelp:
         assert left.value.code == 2
         assert "usage:" in error_of(capsys)
 
-    def test_it_starts_as_a_module_too(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "penjing.cli", "--version"], capture_output=True, text=True, timeout=60
-        )
+    @pytest.mark.parametrize("module", ["penjing", "penjing.cli"])
+    def test_it_starts_as_a_module_too(self, module):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout.split()[0]) == (0, "penjing")
 
 
