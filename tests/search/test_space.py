@@ -1,12 +1,15 @@
 """The space of a search: choices, their recipes, and what is left out for want of data."""
 
 import pytest
+import torch
 
 from penjing import decompose, prune, quantize
+from penjing.architectures import build
+from penjing.network.capture import capture_network
 from penjing.recipes.recipe import Recipe
 from penjing.search.budget import Clock, OutOfTime, paces
 from penjing.search.choice import INTEGERS, Choice, Learning, recipe
-from penjing.search.space import EPOCHS, Space
+from penjing.search.space import EPOCHS, Space, removable_blocks
 from penjing.train.finetune import Finetune
 
 WHOLE = Space(
@@ -109,3 +112,9 @@ def test_a_clock_breaks_off_only_what_is_late_and_not_the_first():
     clock.has_result = False
     clock({"kind": "progress"})
     assert clock.left < 0 and Clock(None).left == float("inf")
+
+
+def test_blocks_are_counted_as_they_can_be_removed():
+    network = build("resnet20", in_channels=1, classes=10, width=8).eval()  # of nine blocks two change the shape
+    call = ((torch.zeros(2, 1, 8, 8),), {})
+    assert removable_blocks(capture_network(network, *call), call) == 7

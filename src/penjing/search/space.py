@@ -16,6 +16,7 @@ from penjing.pipeline.building import INTEGER
 from penjing.pipeline.prepare import Prepared
 from penjing.search.choice import INTEGERS, Choice, Integers, Learning, Technique
 from penjing.steps.draft import Draft
+from penjing.tasks.call import Call
 
 KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)
 EPOCHS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -97,8 +98,7 @@ def space(prepared: Prepared) -> Space:
         techniques.append("low rank")
     except PenjingError as error:
         notes.append(f"no layer becomes a product of smaller ones: {error.what}")
-    removable = len(bypasses(run.network, call)) if task.calibration is not None else 0
-    deepest = int(DEEPEST * removable)
+    deepest = int(DEEPEST * removable_blocks(run.network, call)) if task.calibration is not None else 0
     labels = task.train is not None and task.loss is not None
     trains = labels or task.calibration is not None
     if not labels:
@@ -118,6 +118,11 @@ def space(prepared: Prepared) -> Space:
         weight_bits=FEW_BITS if len(integers) > 1 else FEW_BITS[:1],
         notes=tuple(notes),
     )
+
+
+def removable_blocks(network: fx.GraphModule, call: Call) -> int:
+    """Residual blocks whose shortcut can stand for them."""
+    return sum(part.kind == "block" for part in bypasses(network, call))
 
 
 def _learning(network: fx.GraphModule, labels: bool) -> Learning:
