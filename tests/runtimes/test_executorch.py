@@ -237,3 +237,14 @@ def test_an_operator_without_a_kernel_is_named_with_its_layer(tmp_path):
         export(Case(Gamma, ((4,),), {}, ("output",)), "executorch", "fp32", tmp_path)
     assert "aten::lgamma" in refusal.value.got and "/lgamma#0" in refusal.value.got
     assert "another runtime" in refusal.value.remedy
+
+
+class ManyAxes(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).permute(0, 2, 1, 4, 3, 6, 5) + 1
+
+
+def test_more_axes_than_its_kernels_know_are_refused_with_the_layer(tmp_path):
+    with raises_case(ExportError, "axes") as refusal:
+        export(Case(ManyAxes, ((2, 1, 2, 1, 2, 3),), {}, ("output",)), "executorch", "fp32", tmp_path)
+    assert "7 axes at /" in refusal.value.got and "reshape" in refusal.value.remedy

@@ -24,6 +24,7 @@ from penjing.runtimes.executorch_sizes import bound, named_symbols, outputs, res
 SITES = "penjing_sites"
 """The method of the file that returns, as JSON, which operators of the network its operators come from."""
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
+MOST_AXES = 6  # of a tensor in XNNPACK (XNN_MAX_TENSOR_DIMS)
 PLANNED_BYTES = 32 << 20  # of memory that is set aside when the file is loaded, for the largest sizes that it takes
 COMPUTED_BYTES = 512 << 20  # of all values in floating point: XNNPACK lays them out for the largest sizes at first
 WHOLE_COMPUTED_BYTES = 8 << 30
@@ -54,6 +55,7 @@ def lower(path: str, file: str, axes: list[dict[str, str]], divisible: bool) -> 
         names = named_symbols(lowered, axes)
         bound(lowered, axes, PLANNED_BYTES if divisible else WHOLE_BYTES)
         manager._config_methods = {SITES: json.dumps(_sites(lowered), separators=(",", ":"))}
+        check_axes(lowered)
         check_kernels(lowered)
         data = _emitted(manager)
     Path(file).write_bytes(data)
@@ -109,6 +111,24 @@ def _refusal(error: Exception) -> ExportError:
         expected="operators that ExecuTorch lowers",
         remedy="write that operator with others, or choose another runtime",
     )
+
+
+def check_axes(program: Any) -> None:
+    """Raise ExportError where XNNPACK would permute more axes than its tensors have: it can't open what was written."""
+    for node in program.graph.nodes:
+        module: Any = getattr(program.graph_module, str(node.target), None) if node.op == "get_attr" else None
+        for inner in module.original_module.graph.nodes if hasattr(module, "original_module") else ():
+            value = inner.meta.get("val")
+            if not isinstance(value, torch.Tensor) or value.dim() <= MOST_AXES:
+                continue
+            where = next(filter(None, map(site, (inner, *inner.users))), "")
+            raise ExportError(
+                f"XNNPACK computes with at most {MOST_AXES} axes" + (f", and {where} has more" if where else ""),
+                code="axes",
+                got=f"a tensor of {value.dim()} axes" + (f" at {where}" if where else ""),
+                expected=f"tensors of at most {MOST_AXES} axes",
+                remedy="join axes that stay together with reshape, or choose another runtime",
+            )
 
 
 def check_kernels(program: Any) -> None:
