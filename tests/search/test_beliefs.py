@@ -108,3 +108,18 @@ def test_what_is_in_progress_counts_as_expected():
     near = imagined.figure("size_bytes", pruned(0.5), ARTIFACT)
     assert near.sd < beliefs.figure("size_bytes", pruned(0.5), ARTIFACT).sd
     assert near.value == pytest.approx(beliefs.figure("size_bytes", pruned(0.5), ARTIFACT).value, rel=1e-6)
+
+
+def test_how_far_figures_are_beyond_limits():
+    wanted = Wanted.of(Goal.parse("size_bytes<=100, throughput_per_s>=50, drop<=1%"), 0.5)
+    assert wanted.excess({"size_bytes": 90.0, "throughput_per_s": 60.0, "drop": -0.1}) == 0
+    assert wanted.excess({"size_bytes": 150.0, "throughput_per_s": 25.0, "drop": 0.03}) == pytest.approx(
+        0.5 + 0.5 + 0.5
+    )
+
+
+def test_out_of_reach_the_choice_that_comes_nearest_is_told_from_others():
+    beliefs = Beliefs(power_law(1.0, 0.5))
+    wanted = Wanted.of(Goal.parse("size_bytes<=1"), None)
+    far, near = (promise(beliefs, wanted, pruned(keep), 1000.0) for keep in (0.5, 0.2))
+    assert far.worth < 1e-6 and near.worth < 1e-6 and far.excess > 2 * near.excess > 0

@@ -188,7 +188,9 @@ def test_if_every_trial_fails_the_first_cause_is_told(tmp_path, monkeypatch):
 
 
 def test_a_goal_out_of_reach_leaves_the_nearest(tmp_path):
-    done = pj.compress(network(), task(), "size_bytes<=1000, drop<=20%", trials=3, out=tmp_path, **OPTIONS)
+    done = pj.compress(network(), task(), "parameters<=1, drop<=20%", trials=7, out=tmp_path, **OPTIONS)
+    *first, last = [row.measured["parameters"] for row in done.record.search.trials if row.measured]
+    assert done.record.search.trials[-1].number == 6 and last < min(first)  # nearer than the first looks
     assert not done.met and "comes nearest" in done.record.goal.reason
     assert json.loads((tmp_path / "record.json").read_text())["search"]["chosen"] == done.record.search.chosen
 

@@ -74,6 +74,13 @@ class History:
         values = meeting or plain or [1.0]
         return min(values) if self.wanted.sign > 0 else max(values)
 
+    @property
+    def excess(self) -> float:
+        """How far beyond the limits the nearest artifact is; 0 where one meets the goal."""
+        if any(c.met for t in self.trials for c in t.offered):
+            return 0.0
+        return min((self.wanted.excess(o.figures) for t in self.trials for o in self._observed(t)), default=0.0)
+
     def best_of(self, trial: Trial) -> Candidate | None:
         """The artifact of a trial that the goal would choose."""
         chosen = goals.choose(self.goal, trial.outcome.candidates).chosen

@@ -26,6 +26,7 @@ class Promise:
         worth: Expected improvement of the objective's logarithm, times `meets`.
         meets: The probability that it keeps every limit.
         artifact: Runtime and precision: "openvino-int8".
+        excess: How far beyond the limits it is expected to be, as `Wanted.excess` counts it.
         figures: Predicted there, medians in their own units; `drop` in the metric's own unit.
     """
 
@@ -33,6 +34,7 @@ class Promise:
     worth: float
     meets: float
     artifact: str
+    excess: float
     figures: Mapping[str, float]
 
 
@@ -65,6 +67,11 @@ class Wanted:
     def scale(self) -> float:
         """What drops are relative to."""
         return abs(self.metric or 0.0) or 1.0
+
+    def excess(self, figures: Mapping[str, float]) -> float:
+        """How far figures are beyond the limits: shares of the limits, added. One that is missing counts as within."""
+        shares = [(figures[f] / bound - 1) * (1 if op == "<=" else -1) for f, op, bound in self.limits if f in figures]
+        return sum(max(0.0, share) for share in shares)
 
     def value(self, candidate: Candidate) -> float | None:
         """The objective of a candidate that was measured, in the unit that beliefs have."""
@@ -112,8 +119,18 @@ def promise(beliefs: Beliefs, wanted: Wanted, choice: Choice, best: float) -> Pr
         figures = {name: b.value for name in _SHOWN if (b := beliefs.figure(name, seen, artifact)) is not None}
         if "drop" in figures:
             figures["drop"] *= wanted.scale
-        of_artifacts.append(Promise(choice=choice, worth=gain * meets, meets=meets, artifact=artifact, figures=figures))
-    return max(of_artifacts, key=lambda p: p.worth, default=None)
+        bounded = {name: b.value for name, _, _ in wanted.limits if (b := beliefs.figure(name, seen, artifact))}
+        of_artifacts.append(
+            Promise(
+                choice=choice,
+                worth=gain * meets,
+                meets=meets,
+                artifact=artifact,
+                excess=wanted.excess(bounded),
+                figures=figures,
+            )
+        )
+    return max(of_artifacts, key=lambda p: (p.worth, -p.excess), default=None)
 
 
 def _kept(beliefs: Beliefs, limit: tuple[str, str, float], choice: Choice, artifact: str) -> float:

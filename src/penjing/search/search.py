@@ -35,6 +35,7 @@ from penjing.tasks.task import calibration_calls
 
 FIRST_LOOKS = 0.3  # of the time: for trials without training
 WORTH = 0.01  # an improvement below this share of the objective is none
+NEARER = 0.05  # of the distance to limits that nothing keeps: what is expected to save less is not tried for it
 PATIENCE = 2  # choices in a row that promise less: then the search has converged
 SUGGESTED = 24  # choices that Optuna's sampler adds to those of the space
 CHEAPER = 0.25  # the power of a trial's seconds that its worth is divided by
@@ -244,7 +245,10 @@ class Search:
         if not ranked:
             return None, "nothing is known that could be improved"
         best = max(ranked, key=lambda p: p.worth / (FIXED_S + pace.seconds(p.choice)) ** CHEAPER)
-        self.poor = self.poor + 1 if best.worth < WORTH else 0
+        near, beyond = min(ranked, key=lambda p: p.excess), self.history.excess
+        if ranked[0].worth < WORTH and math.log((1 + beyond) / (1 + near.excess)) > NEARER:
+            return near.choice, ""  # the goal is out of reach: at least nearer to it
+        self.poor = self.poor + 1 if ranked[0].worth < WORTH else 0
         if self.poor >= PATIENCE:
             return None, f"converged: no choice promises more than {WORTH:.0%} of the objective"
         return best.choice, ""
