@@ -32,3 +32,23 @@ def test_global_max_pooling(runtime, tmp_path, tmp_path_factory, monkeypatch):
     answers = isolated.open_artifact(artifact.folder, 1).run(artifact.arrays(2, seed=3))
     for answer, expected in zip(answers, artifact.answers(2, seed=3), strict=True):
         np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+class Groups(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm.bias, -0.5, 0.5)
+
+    def forward(self, x):
+        return self.norm(self.stem(x))
+
+
+def test_groups_are_normalized_for_any_number_of_samples_in_core_ml(tmp_path):
+    if not runtimes.installed("coreml"):
+        pytest.skip("coremltools is not installed")
+    artifact = export(Case(Groups, ((3, 7, 6),), {}, ("output",)), "coreml", "fp32", tmp_path)
+    for samples in (1, 3):
+        (answer,) = isolated.open_artifact(artifact.folder, 1).run(artifact.arrays(samples, seed=3))
+        np.testing.assert_allclose(answer, artifact.answers(samples, seed=3)[0], atol=1e-4)

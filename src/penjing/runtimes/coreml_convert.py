@@ -48,6 +48,7 @@ def convert(folder: str, package: str, half: bool, inputs: list[str], outputs: l
     from penjing.numerics import operators  # noqa: F401  registers what a program may hold
     from penjing.runtimes import decomposed  # noqa: F401  registers quantized_decomposed
 
+    _norm_groups_of_any_batch()
     Builder.name_count.clear()  # its names go on from one conversion of a process to the next
     program = torch.export.load(str(Path(folder) / "program.pt2"))
     _spell_out_defaults(program.graph_module)
@@ -79,6 +80,37 @@ def convert(folder: str, package: str, half: bool, inputs: list[str], outputs: l
     spec = model.get_spec()
     _rename(spec, inputs, outputs)
     _write(spec, Path(model.weights_dir), Path(package))
+
+
+def _norm_groups_of_any_batch() -> None:
+    """Let coremltools (9.0) normalize groups where the number of samples varies: it writes that number into a reshape.
+
+    With -1 in its place the reshape has no unknown size.
+    """
+    from coremltools.converters.mil.frontend._utils import any_symbolic
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil import Builder as mb
+
+    written = ops._group_norm_impl
+    if getattr(written, "of_any_batch", False):
+        return
+
+    def norm(x: Any, groups: int, weight: Any, bias: Any, eps: float) -> Any:
+        samples, channels, *sizes = x.shape
+        if not any_symbolic([samples]) or any_symbolic([channels, *sizes]):
+            return written(x, groups, weight, bias, eps)
+        axes = list(range(2, 3 + len(sizes)))
+        y = mb.reshape(x=x, shape=[-1, groups, channels // groups, *sizes])
+        y = mb.sub(x=y, y=mb.reduce_mean(x=y, axes=axes, keep_dims=True))
+        variance = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=axes, keep_dims=True)
+        y = mb.real_div(x=y, y=mb.sqrt(x=mb.add(x=variance, y=eps)))
+        y = mb.reshape(x=y, shape=[-1, channels, *sizes])
+        across = [1, channels, *(1 for _ in sizes)]
+        y = y if weight is None else mb.mul(x=y, y=mb.reshape(x=weight, shape=across))
+        return y if bias is None else mb.add(x=y, y=mb.reshape(x=bias, shape=across))
+
+    norm.of_any_batch = True  # type: ignore[attr-defined]
+    ops._group_norm_impl = norm
 
 
 def _culprit(error: BaseException, program: Any) -> str:
