@@ -199,6 +199,15 @@ def _spreads(networks: dict) -> list[float]:
     return [row["spread"] for network in networks.values() for row in network["cells"].values() if "spread" in row]
 
 
+def search_resume() -> str:
+    """What a search that was killed again and again ends with."""
+    data = _read("search")["resume digits"]
+    rows = data["rows"]
+    same = "the same artifact, to the bit, as" if rows["same"] else "another artifact than"
+    where = data["machine"]["processor"]
+    return f"Killed {rows['kills']} times at random moments, a search ended with {same} undisturbed ({where})."
+
+
 def search_goal() -> str:
     """Trials until the goal is met, by the search and by Optuna's samplers."""
     data = _read("search")["goal digits"]
@@ -1225,6 +1234,7 @@ TABLES = {
     "runtime_table": runtime_table,
     "search_goal": search_goal,
     "search_headline": search_headline,
+    "search_resume": search_resume,
     "packing": packing,
     "deltas": deltas,
     "packing_large": packing_large,
