@@ -246,3 +246,15 @@ def test_a_damaged_study_in_the_run_folder_names_the_way_out(tmp_path):
     with raises_case(OutputError, "study") as caught:
         quick(tmp_path, resume=True)
     assert "--force" in caught.value.remedy
+
+
+def test_a_full_disk_is_told_by_its_first_cause(tmp_path, monkeypatch):
+    from penjing.search import study
+
+    def full(*args, **options):
+        raise RuntimeError("something in the commit") from OSError("database or disk is full")
+
+    monkeypatch.setattr(study._optuna(), "create_study", full)
+    with raises_case(OutputError, "study") as caught:
+        quick(tmp_path)
+    assert "disk is full" in caught.value.got and "--resume" in caught.value.remedy

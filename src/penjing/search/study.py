@@ -108,12 +108,15 @@ class Study:
         except (PenjingError, ImportError):
             raise
         except Exception as error:  # of SQLAlchemy and of its many drivers
+            cause = _first_cause(error)
+            passing = any(word in cause for word in ("disk is full", "is locked", "disk I/O"))
+            remedy = "--force starts over in this run folder" if self.own else "another --study, or none"
             raise OutputError(
-                "the study can't be opened",
+                "the study can't be opened or written",
                 code="study",
-                got=f"{self.shown_url}: {' '.join(str(error).split())[:300]}",
-                expected="a file that Optuna wrote, or a database that answers",
-                remedy="--force starts over in this run folder" if self.own else "another --study, or none",
+                got=f"{self.shown_url}: {cause[:300]}",
+                expected="a file that Optuna wrote, on a disk with free space, or a database that answers",
+                remedy="when that is over, --resume goes on" if passing else remedy,
             ) from error
 
     def begun(self) -> list[tuple[int, Choice]]:
@@ -186,6 +189,13 @@ class Study:
             if self.space.sensible(choice):
                 choices.append(choice)
         return list(dict.fromkeys(choices))
+
+
+def _first_cause(error: BaseException) -> str:
+    """What an error began with, in one line: Optuna and SQLAlchemy raise others from it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
 
 
 def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
