@@ -740,6 +740,30 @@ def resume() -> str:
     return _under(lines, data, note)
 
 
+def latency_predictor() -> str:
+    """Rank correlation and mean error of predicted latencies of networks that were not measured."""
+    data = _read("latency_predictor")
+    names = {"macs": "in proportion to MACs", "power law": "power law", "layers": "times of layers"}
+    lines = [
+        "| | measured before | rank correlation | mean error | largest | within two standard deviations |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["summary"]:
+        before = {"source": "the source", "first trials": "the first trials"}[row["known"]]
+        sure = f"{row['within two sd']:.0%}" if "within two sd" in row else ""
+        lines.append(
+            f"| {row['precision']}, {names[row['way']]} | {before} | {row['rank']:.3f} | {row['error']:.1%} "
+            f"| {row['largest']:.0%} | {sure} |"
+        )
+    filling = data["filling"]["resnet20"]
+    count = next(iter(data["summary"]))["networks"]
+    note = (
+        f"{count} variants of three networks in ONNX Runtime, batch 1. The {filling['probes']} probes of ResNet-20 "
+        f"take {filling['seconds']:.0f} s, both precisions together; {data['note']}"
+    )
+    return _under(lines, data, note)
+
+
 def pairs() -> str:
     """Signal-to-noise ratio of every ordered pair of techniques."""
     data = _read("pairs")
@@ -1221,6 +1245,7 @@ TABLES = {
     "pairs": pairs,
     "training_cost": training_cost,
     "resume": resume,
+    "latency_predictor": latency_predictor,
     "students": students,
     "minilm_layers": minilm_layers,
     "all_fields": all_fields,

@@ -1,7 +1,6 @@
 """Probes: tiny networks of equal layers, whose latency tells that of one layer.
 
-Eight copies follow one another where a layer's output has the size of its input; where it has not, a layer and the one
-back take turns, and each counts as half of both. Layers with a stride, or of an image, all read the same input, and
+Eight copies follow one another where a layer's output has the size of its input; otherwise all read the same input, and
 their results are added. What a call costs without its layers is told by a probe of one small addition.
 """
 
@@ -54,8 +53,7 @@ class Probe(nn.Module):
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
         self.shape = shape
-        turns = shape if shape.parallel else shape.back
-        layers = [_layer(turns if i % 2 else shape) for i in range(COPIES)] if shape.kind in WEIGHTED else []
+        layers = [_layer(shape) for _ in range(COPIES)] if shape.kind in WEIGHTED else []
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,9 +63,10 @@ class Probe(nn.Module):
             if self.shape.parallel:
                 results: list[torch.Tensor] = [layer(x) for layer in self.layers]
                 return functools.reduce(operator.add, results)
-            for layer in self.layers:
-                x = functional.relu(layer(x))
-            return x
+            y: torch.Tensor = self.layers[0](x)
+            for layer in self.layers[1:]:
+                y = layer(functional.relu(y))
+            return y + x  # the last layer too has a reader, for which its output becomes integers
         if kind == "avg_pool":
             return functional.adaptive_avg_pool2d(x, 1)
         if kind == "max_pool":
@@ -189,11 +188,9 @@ def _layers(calls: Mapping[LayerShape, float], integers: bool) -> dict[LayerShap
         if shape == EMPTY:
             continue
         spent = ms - empty
-        if integers and shape.parallel and shape.kind in WEIGHTED:  # in floats the sum is part of the convolution
-            spent -= (COPIES - 1) * _of_sums(sums, shape.outputs * shape.out_pixels)
+        if integers and shape.kind in WEIGHTED:  # in floats a sum is part of the layer before it
+            spent -= (COPIES - 1 if shape.parallel else 1) * _of_sums(sums, shape.outputs * shape.out_pixels)
         layers[shape] = max(LEAST_MS, spent / _copies(shape))
-        if shape.kind in WEIGHTED and not shape.parallel:
-            layers.setdefault(shape.back, layers[shape])
     return layers
 
 

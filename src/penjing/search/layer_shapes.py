@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from penjing.network.graph import sites
 FOLDED = ("batch_norm",)  # into the layer before
 ABSORBING = ("conv", "linear", "add", "batch_norm")  # behind these an activation that the runtime fuses costs nothing
 WEIGHTED = ("conv", "linear")
-FEW = 4  # channels of images: a convolution of fewer is computed in another way
+FEW = 4  # channels: an image has fewer, and keeps them
 
 
 @dataclass(frozen=True, order=True)
@@ -74,19 +74,9 @@ class LayerShape:
         return self.inputs * self.height * self.width + self.outputs * self.out_pixels
 
     @property
-    def chained(self) -> bool:
-        """Whether the output has the input's size, so that copies can follow one another."""
-        return self.stride == 1 and self.inputs == self.outputs and self.kind not in ("avg_pool", "max_pool")
-
-    @property
     def parallel(self) -> bool:
-        """Whether copies read the same input: they can neither follow one another nor take turns with a way back."""
-        return self.stride > 1 or (self.kind == "conv" and self.inputs < FEW)
-
-    @property
-    def back(self) -> LayerShape:
-        """The layer from the output's channels to the input's."""
-        return replace(self, inputs=self.outputs, outputs=self.inputs)
+        """Whether copies read the same input: the output has not the input's size, so they can't follow one another."""
+        return self.stride > 1 or self.inputs != self.outputs
 
     def row(self) -> list[Any]:
         """Plain data."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from penjing.errors import OutputError
 from penjing.records import files
 from penjing.runtimes import SPECS
 from penjing.search.layer_probes import KINDS, times
-from penjing.search.layer_shapes import LayerShape
+from penjing.search.layer_shapes import FEW, LayerShape
 
 FOLDER = "layer-times"
 MOST = 60  # probes of one network
+OWN = 0.7  # of them at most are layers of the network itself
+OF_A_KIND = 3  # layers of each kind at least
+SHARES = ((0.75, 0.75), (0.5, 0.5), (0.25, 0.25), (0.5, 1.0), (1.0, 0.5))
+"""Of the channels in and out of the thinner layers."""
 Times = dict[LayerShape, float]
 
 
@@ -110,33 +115,40 @@ def around(shapes: Iterable[LayerShape], most: int = MOST) -> list[LayerShape]:
         most: How many at most; those with the most arithmetic and values stay.
 
     Returns:
-        The layers of the network, then its convolutions with fewer channels: half and a quarter of both, half of one.
+        The heaviest layers of the network, then its convolutions with fewer channels, and those that stand beside a
+        convolution when it becomes a product of two.
     """
     own = sorted({s for s in shapes if s.kind in KINDS}, key=lambda s: (-s.macs, -s.values, s))
-    every = list(own)
-    for of_inputs, of_outputs in ((0.5, 0.5), (0.25, 0.25), (0.5, 1.0), (1.0, 0.5)):
-        for shape in own:
-            thin = thinned(shape, of_inputs, of_outputs)
-            if shape.kind == "conv" and thin not in every and thin.back not in every:
+    convolutions = [s for s in own if s.kind == "conv"]
+    rank = {s: sum(other.kind == s.kind for other in own[:i]) for i, s in enumerate(own)}
+    every = sorted(own, key=lambda s: rank[s] >= OF_A_KIND)[: round(OWN * most)]  # of every kind some, then the heavy
+    for share in SHARES:
+        for shape in convolutions:
+            thin = thinned(shape, *share)
+            if thin not in every:
                 every.append(thin)
+        if share == SHARES[0]:
+            every += [s for shape in convolutions for s in beside(shape) if s not in every]
     return every[:most]
 
 
+def beside(shape: LayerShape) -> list[LayerShape]:
+    """The layer over single positions that a convolution with a window leaves when its rank is halved."""
+    if shape.kernel == 1 or shape.groups > 1 or shape.inputs < FEW:
+        return []
+    return [replace(shape, outputs=_rounded(shape.inputs / 2), kernel=1, stride=1)]
+
+
 def thinned(shape: LayerShape, of_inputs: float, of_outputs: float) -> LayerShape:
-    """A layer with a share of its channels, at least one; a depthwise one has the share of its inputs."""
-    inputs = shape.inputs if shape.parallel and shape.stride == 1 else max(1, round(shape.inputs * of_inputs))
+    """A layer with a share of its channels, in fours; an image keeps its own."""
+    inputs = shape.inputs if shape.inputs < FEW else _rounded(shape.inputs * of_inputs)
     if shape.depthwise:
-        return LayerShape(
-            "conv",
-            inputs,
-            inputs * shape.outputs // shape.inputs,
-            shape.kernel,
-            shape.stride,
-            inputs,
-            shape.height,
-            shape.width,
-        )
-    outputs = max(1, round(shape.outputs * of_outputs))
+        return replace(shape, inputs=inputs, outputs=inputs * shape.outputs // shape.inputs, groups=inputs)
+    outputs = _rounded(shape.outputs * of_outputs)
     if inputs % shape.groups or outputs % shape.groups:
         return shape
-    return LayerShape(shape.kind, inputs, outputs, shape.kernel, shape.stride, shape.groups, shape.height, shape.width)
+    return replace(shape, inputs=inputs, outputs=outputs)
+
+
+def _rounded(channels: float) -> int:
+    return max(4, round(channels / 4) * 4)
