@@ -7,7 +7,7 @@ import pytest
 from penjing.goals.goal import Goal
 from penjing.search.beliefs import FLOOR, Beliefs, Believed, Observation
 from penjing.search.choice import Choice
-from penjing.search.promise import Wanted, promise, promises
+from penjing.search.promise import Aim, promise, promises
 
 ARTIFACT = "onnxruntime-int8"
 INTEGERS = Choice(integers="rounded")
@@ -73,33 +73,33 @@ def test_probabilities_and_improvements_of_a_normal_logarithm():
 
 
 def test_a_goal_in_the_figures_of_beliefs():
-    wanted = Wanted.of(Goal.parse("drop<=1%, metric>=0.85, latency_ms<=5, minimize size_bytes"), 0.9)
-    assert (wanted.objective, wanted.sign) == ("size_bytes", 1)
-    limits = {(figure, op): value for figure, op, value in wanted.limits if figure != "drop"}
+    aim = Aim.of(Goal.parse("drop<=1%, metric>=0.85, latency_ms<=5, minimize size_bytes"), 0.9)
+    assert (aim.objective, aim.sign) == ("size_bytes", 1)
+    limits = {(figure, op): value for figure, op, value in aim.limits if figure != "drop"}
     assert limits == {("latency_ms", "<="): 5.0}
-    assert sorted(v for f, _, v in wanted.limits if f == "drop") == pytest.approx([0.01 / 0.9, 0.05 / 0.9])
-    assert Wanted.of(Goal.parse("maximize metric"), 0.9).objective == "drop"
-    assert Wanted.of(Goal.parse("drop<=0%"), 0.9).limits == (("drop", "<=", FLOOR),)
+    assert sorted(v for f, _, v in aim.limits if f == "drop") == pytest.approx([0.01 / 0.9, 0.05 / 0.9])
+    assert Aim.of(Goal.parse("maximize metric"), 0.9).objective == "drop"
+    assert Aim.of(Goal.parse("drop<=0%"), 0.9).limits == (("drop", "<=", FLOOR),)
 
 
 def test_a_choice_that_breaks_a_limit_is_worth_less_than_one_that_keeps_it():
     beliefs = Beliefs(power_law(1.0, 0.5))
-    wanted = Wanted.of(Goal.parse("drop<=1%, minimize size_bytes"), 0.9)
-    ranked = promises(beliefs, wanted, [pruned(0.02), pruned(0.5), pruned(0.95)], best=1000.0)
+    aim = Aim.of(Goal.parse("drop<=1%, minimize size_bytes"), 0.9)
+    ranked = promises(beliefs, aim, [pruned(0.02), pruned(0.5), pruned(0.95)], best=1000.0)
     assert [p.choice.keep for p in ranked][0] == 0.5
     assert next(p for p in ranked if p.choice.keep == 0.02).meets < 0.1
 
 
 def test_the_more_is_better_the_other_way_round():
     beliefs = Beliefs([seen(INTEGERS, throughput_per_s=100.0)])
-    wanted = Wanted.of(Goal.parse("maximize throughput_per_s"), None)
-    few, many = (promise(beliefs, wanted, pruned(keep), 100.0) for keep in (0.9, 0.3))
+    aim = Aim.of(Goal.parse("maximize throughput_per_s"), None)
+    few, many = (promise(beliefs, aim, pruned(keep), 100.0) for keep in (0.9, 0.3))
     assert many.worth > few.worth > 0
 
 
 def test_integers_are_not_expected_of_a_choice_without_them():
     beliefs = Beliefs([seen(INTEGERS, size_bytes=1000.0)])
-    assert promise(beliefs, Wanted.of(Goal.parse("minimize size_bytes"), None), Choice(), 1000.0) is None
+    assert promise(beliefs, Aim.of(Goal.parse("minimize size_bytes"), None), Choice(), 1000.0) is None
 
 
 def test_what_is_in_progress_counts_as_expected():
@@ -111,15 +111,13 @@ def test_what_is_in_progress_counts_as_expected():
 
 
 def test_how_far_figures_are_beyond_limits():
-    wanted = Wanted.of(Goal.parse("size_bytes<=100, throughput_per_s>=50, drop<=1%"), 0.5)
-    assert wanted.excess({"size_bytes": 90.0, "throughput_per_s": 60.0, "drop": -0.1}) == 0
-    assert wanted.excess({"size_bytes": 150.0, "throughput_per_s": 25.0, "drop": 0.03}) == pytest.approx(
-        0.5 + 0.5 + 0.5
-    )
+    aim = Aim.of(Goal.parse("size_bytes<=100, throughput_per_s>=50, drop<=1%"), 0.5)
+    assert aim.excess({"size_bytes": 90.0, "throughput_per_s": 60.0, "drop": -0.1}) == 0
+    assert aim.excess({"size_bytes": 150.0, "throughput_per_s": 25.0, "drop": 0.03}) == pytest.approx(0.5 + 0.5 + 0.5)
 
 
 def test_out_of_reach_the_choice_that_comes_nearest_is_told_from_others():
     beliefs = Beliefs(power_law(1.0, 0.5))
-    wanted = Wanted.of(Goal.parse("size_bytes<=1"), None)
-    far, near = (promise(beliefs, wanted, pruned(keep), 1000.0) for keep in (0.5, 0.2))
+    aim = Aim.of(Goal.parse("size_bytes<=1"), None)
+    far, near = (promise(beliefs, aim, pruned(keep), 1000.0) for keep in (0.5, 0.2))
     assert far.worth < 1e-6 and near.worth < 1e-6 and far.excess > 2 * near.excess > 0

@@ -258,3 +258,14 @@ def test_a_full_disk_is_told_by_its_first_cause(tmp_path, monkeypatch):
     with raises_case(OutputError, "study") as caught:
         quick(tmp_path)
     assert "disk is full" in caught.value.got and "--resume" in caught.value.remedy
+
+
+def test_a_study_that_was_looked_at_is_no_change_of_the_run(result, tmp_path):
+    from penjing.pipeline import intact
+
+    folder = tmp_path / "copy"
+    shutil.copytree(result[0].folder, folder)
+    with (folder / "search" / "study.db").open("ab") as file:
+        file.write(b"more")
+    differences = intact.differences(folder, result[0].record)
+    assert not (differences.missing or differences.changed or differences.strange)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from penjing import measure
 from penjing.records import Record
-from penjing.records.folder import RECORD, STATE
+from penjing.records.folder import RECORD, SEARCH, STATE, STUDY
 from penjing.records.lock import LOCK
 
 MOST = 100_000  # files that are looked at; a run leaves some dozens
@@ -61,6 +61,8 @@ def _files(folder: Path) -> Iterator[str]:
         if here == folder:
             folders[:] = [name for name in folders if name != STATE]
             files = [name for name in files if name not in (RECORD, LOCK)]
+        elif here == folder / SEARCH:  # a dashboard that looks at a study writes into it
+            files = [name for name in files if not name.startswith(STUDY)]
         for name in files:
             if (here / name).is_file() and not (here / name).is_symlink():
                 yield (here / name).relative_to(folder).as_posix()

@@ -17,7 +17,7 @@ from penjing.records.files import write_text
 from penjing.records.lock import LOCK
 
 STATE, CANDIDATES, SOURCE, ARTIFACT, SEARCH = "state", "candidates", "source", "artifact", "search"
-RECORD, EVENTS, EVIDENCE = "record.json", "events.jsonl", "evidence.npz"
+RECORD, EVENTS, EVIDENCE, STUDY = "record.json", "events.jsonl", "evidence.npz", "study.db"
 _OURS = (
     STATE, CANDIDATES, SOURCE, ARTIFACT, SEARCH, RECORD, EVENTS, EVIDENCE, "report.html", "load.py",
     "weights.safetensors", "edits.json", "plan.json",

@@ -14,7 +14,7 @@ from penjing.records.search import SearchRow, TrialRow
 from penjing.search.beliefs import Beliefs, Observation
 from penjing.search.choice import Choice
 from penjing.search.failures import Failures
-from penjing.search.promise import Wanted, as_floats
+from penjing.search.promise import Aim, as_floats
 from penjing.search.trial import Begun, Outcome, read
 
 
@@ -57,8 +57,8 @@ class Trial:
 class History:
     """Trials that ended, in the order of their numbers."""
 
-    def __init__(self, goal: Goal, wanted: Wanted) -> None:
-        self.goal, self.wanted = goal, wanted
+    def __init__(self, goal: Goal, aim: Aim) -> None:
+        self.goal, self.aim = goal, aim
         self.trials: list[Trial] = []
 
     def add(self, trial: Trial) -> None:
@@ -69,17 +69,17 @@ class History:
     def best(self) -> float:
         """The objective of the best artifact that meets the goal; where none does, of the network as it is."""
         every = [c for t in self.trials for c in t.offered]
-        meeting = [v for c in every if c.met and (v := self.wanted.value(c))]
-        plain = [v for c in (self.trials[0].outcome.candidates if self.trials else ()) if (v := self.wanted.value(c))]
+        meeting = [v for c in every if c.met and (v := self.aim.value(c))]
+        plain = [v for c in (self.trials[0].outcome.candidates if self.trials else ()) if (v := self.aim.value(c))]
         values = meeting or plain or [1.0]
-        return min(values) if self.wanted.sign > 0 else max(values)
+        return min(values) if self.aim.sign > 0 else max(values)
 
     @property
     def excess(self) -> float:
         """How far beyond the limits the nearest artifact is; 0 where one meets the goal."""
         if any(c.met for t in self.trials for c in t.offered):
             return 0.0
-        return min((self.wanted.excess(o.figures) for t in self.trials for o in self._observed(t)), default=0.0)
+        return min((self.aim.excess(o.figures) for t in self.trials for o in self._observed(t)), default=0.0)
 
     def best_of(self, trial: Trial) -> Candidate | None:
         """The artifact of a trial that the goal would choose."""
@@ -109,7 +109,7 @@ class History:
             if "latency_ms" in figures:
                 figures["latency_ms"] *= drift
             if "drop" in figures:
-                figures["drop"] /= self.wanted.scale
+                figures["drop"] /= self.aim.scale
             choice = trial.outcome.choice
             seen = choice if c.precision in INTEGER else as_floats(choice)
             rows.append(Observation(choice=seen, artifact=c.name, figures=figures))

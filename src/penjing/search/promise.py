@@ -26,7 +26,7 @@ class Promise:
         worth: Expected improvement of the objective's logarithm, times `meets`.
         meets: The probability that it keeps every limit.
         artifact: Runtime and precision: "openvino-int8".
-        excess: How far beyond the limits it is expected to be, as `Wanted.excess` counts it.
+        excess: How far beyond the limits it is expected to be, as `Aim.excess` counts it.
         figures: Predicted there, medians in their own units; `drop` in the metric's own unit.
     """
 
@@ -39,7 +39,7 @@ class Promise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Aim:
     """A goal in the figures that beliefs speak of.
 
     Attributes:
@@ -55,7 +55,7 @@ class Wanted:
     metric: float | None
 
     @classmethod
-    def of(cls, goal: Goal, metric: float | None) -> Wanted:
+    def of(cls, goal: Goal, metric: float | None) -> Aim:
         """The goal of a user, with the metric of the network that drops are against."""
         figure, sign = goal.objective()
         limits = [_modelled(m.figure, m.op, m.value, metric) for m in goal.all_limits()]
@@ -89,20 +89,20 @@ def _modelled(figure: str, op: str, value: float, metric: float | None) -> tuple
     return figure, op, value
 
 
-def promises(beliefs: Beliefs, wanted: Wanted, choices: Iterable[Choice], best: float) -> list[Promise]:
+def promises(beliefs: Beliefs, aim: Aim, choices: Iterable[Choice], best: float) -> list[Promise]:
     """Every choice of which something is known, the worthiest first; equals stay in their order.
 
     Args:
         beliefs: Of this search.
-        wanted: The goal.
+        aim: The goal.
         choices: That may be tried.
         best: The objective of the best artifact so far that meets the goal; where none does, the source's.
     """
-    ranked = [promise(beliefs, wanted, choice, best) for choice in choices]
+    ranked = [promise(beliefs, aim, choice, best) for choice in choices]
     return sorted((p for p in ranked if p is not None), key=lambda p: -p.worth)
 
 
-def promise(beliefs: Beliefs, wanted: Wanted, choice: Choice, best: float) -> Promise | None:
+def promise(beliefs: Beliefs, aim: Aim, choice: Choice, best: float) -> Promise | None:
     """What one choice is worth; None where nothing is known of any artifact of it."""
     of_artifacts = []
     for artifact in beliefs.artifacts:
@@ -110,23 +110,23 @@ def promise(beliefs: Beliefs, wanted: Wanted, choice: Choice, best: float) -> Pr
         if integers and choice.integers == "none":
             continue
         seen = choice if integers else as_floats(choice)
-        objective = beliefs.figure(wanted.objective, seen, artifact)
+        objective = beliefs.figure(aim.objective, seen, artifact)
         if objective is None:
             continue
-        aimed = objective if wanted.sign > 0 else Believed(-objective.mean, objective.sd)
-        gain = aimed.improvement(best if wanted.sign > 0 else 1 / best)
-        meets = math.prod(_kept(beliefs, limit, seen, artifact) for limit in wanted.limits)
+        aimed = objective if aim.sign > 0 else Believed(-objective.mean, objective.sd)
+        gain = aimed.improvement(best if aim.sign > 0 else 1 / best)
+        meets = math.prod(_kept(beliefs, limit, seen, artifact) for limit in aim.limits)
         figures = {name: b.value for name in _SHOWN if (b := beliefs.figure(name, seen, artifact)) is not None}
         if "drop" in figures:
-            figures["drop"] *= wanted.scale
-        bounded = {name: b.value for name, _, _ in wanted.limits if (b := beliefs.figure(name, seen, artifact))}
+            figures["drop"] *= aim.scale
+        bounded = {name: b.value for name, _, _ in aim.limits if (b := beliefs.figure(name, seen, artifact))}
         of_artifacts.append(
             Promise(
                 choice=choice,
                 worth=gain * meets,
                 meets=meets,
                 artifact=artifact,
-                excess=wanted.excess(bounded),
+                excess=aim.excess(bounded),
                 figures=figures,
             )
         )

@@ -17,7 +17,7 @@ from penjing.pipeline.prepare import Prepared, prepare
 from penjing.recipes.recipe import Recipe
 from penjing.records import Record
 from penjing.records.files import write_text
-from penjing.records.folder import SEARCH, RunFolder
+from penjing.records.folder import SEARCH, STUDY, RunFolder
 from penjing.records.lock import locked
 from penjing.records.search import SearchRow
 from penjing.search import finish
@@ -26,7 +26,7 @@ from penjing.search.choice import Choice
 from penjing.search.cluster import OnRay
 from penjing.search.history import History, Trial
 from penjing.search.probing import epoch_seconds
-from penjing.search.promise import Wanted, promise, promises
+from penjing.search.promise import Aim, promise, promises
 from penjing.search.space import space
 from penjing.search.study import Study
 from penjing.search.trial import Begun
@@ -121,8 +121,8 @@ class Search:
         self.prepared, self.budget, self.clock, self.workers = prepared, budget, clock, workers
         self.events, self.goal = prepared.run.events, prepared.order.goal
         self.space = space(prepared)
-        self.wanted = Wanted.of(self.goal, prepared.beside[prepared.looked_at])
-        self.history = History(self.goal, self.wanted)
+        self.aim = Aim.of(self.goal, prepared.beside[prepared.looked_at])
+        self.history = History(self.goal, self.aim)
         self.folder = prepared.run.folder.path / SEARCH
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         asked = {
@@ -132,7 +132,7 @@ class Search:
             "data": prepared.data,
             "seed": prepared.order.seed,
         }
-        url = budget.study or f"sqlite:///{(self.folder / 'study.db').absolute()}"
+        url = budget.study or f"sqlite:///{(self.folder / STUDY).absolute()}"
         own = budget.study is None
         self.study = Study(url, asked, self._axes(), self.space, prepared.order.seed, run=self._identity(), own=own)
         self.running: dict[int, Choice] = {}
@@ -241,7 +241,7 @@ class Search:
         affordable = [c for c in choices if pace.seconds(c) <= self.clock.left]
         if not affordable:
             return None, "no choice that is left fits into the time" if choices else "every choice was tried"
-        ranked = promises(self.history.beliefs(self.running.values()), self.wanted, affordable, self.history.best)
+        ranked = promises(self.history.beliefs(self.running.values()), self.aim, affordable, self.history.best)
         if not ranked:
             return None, "nothing is known that could be improved"
         best = max(ranked, key=lambda p: p.worth / (FIXED_S + pace.seconds(p.choice)) ** CHEAPER)
@@ -264,7 +264,7 @@ class Search:
         """Begin a trial, or go on with one that was interrupted."""
         place = self._place(number)
         known = self.history.beliefs(self.running.values())
-        promised = promise(known, self.wanted, choice, self.history.best) if self.history.trials else None
+        promised = promise(known, self.aim, choice, self.history.best) if self.history.trials else None
         Begun(began_s=self.clock.spent, predicted=dict(promised.figures) if promised else {}).write(place)
         left = None if self.clock.minutes is None else round(self.clock.left)
         expected = round(self._paces().seconds(choice))
@@ -281,8 +281,8 @@ class Search:
         self.clock.reserve = max(self.clock.reserve, finish.expected_seconds(self.prepared, self.history.trials))
         best, outcome = self.history.best_of(trial), trial.outcome
         figures = goals.figures(best) if best is not None else None
-        told = {"seconds": outcome.seconds, "artifact": best.name if best else "", "failure": trial.failure}
-        self.study.end(number, figures, told)
+        notes = {"seconds": outcome.seconds, "artifact": best.name if best else "", "failure": trial.failure}
+        self.study.end(number, figures, notes)
         self.prepared.run.folder.write_state("search-seconds", self.clock.spent)
         self.events(
             "tried", number=number, words=outcome.choice.words(), met=best is not None and best.met,

@@ -147,13 +147,13 @@ class Study:
         self._open[trial.number] = trial
         return trial.number
 
-    def end(self, number: int, figures: dict[str, float | None] | None, told: dict[str, Any]) -> None:
+    def end(self, number: int, figures: dict[str, float | None] | None, notes: dict[str, Any]) -> None:
         """End a trial with the figures of its best artifact; None where it failed.
 
         Args:
             number: Of `begin`.
             figures: By name; one that was not measured makes the trial a failed one.
-            told: More about it, for the dashboard.
+            notes: More about it, for the dashboard.
         """
         trial = self._open.pop(number, None)
         if trial is None:  # it had ended before, and was carried out again because its folder was damaged
@@ -161,7 +161,7 @@ class Study:
         values = [None if figures is None else figures.get(figure) for figure, _ in self.axes]
         measured = [value for value in values if value is not None and math.isfinite(value)]
         with self._answering():
-            for key, value in told.items():
+            for key, value in notes.items():
                 trial.set_user_attr(key, value)
             if len(measured) < len(values):
                 self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
