@@ -313,6 +313,7 @@ class Sorted(nn.Module):
     ("function", "code", "named"),
     [
         (torch.erfinv, "no-litert-form", "/erfinv#0 (aten.erfinv.default)"),
+        (lambda x: torch.linalg.inv(x[:, None] * x[..., None] + torch.eye(4)), "no-litert-form", "/linalg_inv"),
         (lambda x: x.topk(2)[0], "no-litert-kernel", "STABLEHLO_SORT of /topk#0"),
     ],
 )

@@ -181,6 +181,8 @@ def _refusal(error: Exception, program: Any) -> ExportError:
 
     text = " ".join(str(error).split())
     what, node = "", _lowered(error)
+    if node is None and "output tokens" in text:  # torch's check of what such an operator could not compute
+        node = next((n for n in program.graph.nodes if "linalg" in str(n.target)), None)
     if place := re.search(r'loc\("([^"]*);"\("([^"]+)"', text):
         what = f": {unquote(place[1])} ({place[2]})"
     elif target := re.search(r"Lowering not found: ([\w.]+)|target=torch\.ops\.([\w.]+)\]", text):
