@@ -41,10 +41,10 @@ class InstructionSet:
     def target(self) -> dict[str, Any]:
         """Return what TVM calls a target."""
         # At higher levels loops whose bodies are unrolled already are unrolled again: twice the code, no faster.
-        told: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "opt-level": 1}
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "opt-level": 1}
         if self.processor:
-            told["mcpu"] = self.processor
-        return told | ({"mattr": list(self.features)} if self.features else {})
+            target["mcpu"] = self.processor
+        return target | ({"mattr": list(self.features)} if self.features else {})
 
     def word(self, channels: int) -> int:
         """Return the width in bits of the words in which so many channels are packed."""

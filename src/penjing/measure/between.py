@@ -59,9 +59,9 @@ def rows(
     plans = differences(first.planned, second.planned, parts)
     powers = ([d.signal for d in differences(side.planned, side.answers, parts)] for side in (first, second))
     signals = [d.signal for d in differences(source, first.answers, parts)]
-    told = limits.told([replace(d, signal=s) for d, s in zip(between, signals, strict=True)], names)
+    rows = limits.told([replace(d, signal=s) for d, s in zip(between, signals, strict=True)], names)
     judged = []
-    for row, d, plan, signal, p, q in zip(told, between, plans, signals, *powers, strict=True):
+    for row, d, plan, signal, p, q in zip(rows, between, plans, signals, *powers, strict=True):
         if row.equal is not None:
             judged.append(replace(row, limit_equal=max(0.0, (plan.equal or 0.0) - 2 * (1 - equal))))
             continue

@@ -103,8 +103,8 @@ def compare(folders: Sequence[Path | str]) -> Comparison:
 
 def side_by_side(runs: Sequence[RunRow]) -> Comparison:
     """Put runs side by side whose records were read already."""
-    found = (*_judged(runs), *_timed(runs), *_slowed(runs))
-    return Comparison(runs=tuple(runs), conflicts=found, differences=differences(runs))
+    conflicts = (*_judged(runs), *_timed(runs), *_slowed(runs))
+    return Comparison(runs=tuple(runs), conflicts=conflicts, differences=differences(runs))
 
 
 def measured(record: Record) -> Measured:

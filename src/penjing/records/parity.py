@@ -121,8 +121,8 @@ class PairParity:
 def furthest(pairs: Sequence[PairParity]) -> PairParity | None:
     """The pair furthest beyond what was stated; where all hold, the one that differs most. None without pairs."""
     rows = [(pair, pair.worst) for pair in pairs]
-    told = [(pair, row) for pair, row in rows if row is not None]
-    return min(told, key=lambda each: (-each[1].shortfall, each[1].snr_db), default=(None, None))[0]
+    judged = [(pair, row) for pair, row in rows if row is not None]
+    return min(judged, key=lambda each: (-each[1].shortfall, each[1].snr_db), default=(None, None))[0]
 
 
 @dataclass(frozen=True, kw_only=True)

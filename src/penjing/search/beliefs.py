@@ -155,20 +155,20 @@ class Beliefs:
 
 
 def _cost_features(choice: Choice) -> np.ndarray:
-    kept = {choice.technique: math.log(choice.keep)}
+    logs = {choice.technique: math.log(choice.keep)}
     few = (8 - choice.weight_bits) / 4
-    return np.array([1.0, kept.get("channels", 0.0), kept.get("low rank", 0.0), choice.blocks, few])
+    return np.array([1.0, logs.get("channels", 0.0), logs.get("low rank", 0.0), choice.blocks, few])
 
 
 def _drop_features(choice: Choice) -> np.ndarray:
-    kept = {choice.technique: -math.log(choice.keep)}
+    logs = {choice.technique: -math.log(choice.keep)}
     few, way = (8 - choice.weight_bits) / 4, choice.integers
     length = math.log(choice.epochs / TRAINED_EPOCHS) if choice.epochs else 0.0
     untrained = float(choice.structural and not choice.epochs)
     ways = [float(way == word) for word in ("none", "corrected", "trained")]
     bits = [few * (way != "trained"), few * (way == "trained")]
     return np.array(
-        [1.0, kept.get("channels", 0.0), kept.get("low rank", 0.0), choice.blocks, length, untrained, *ways, *bits]
+        [1.0, logs.get("channels", 0.0), logs.get("low rank", 0.0), choice.blocks, length, untrained, *ways, *bits]
     )
 
 
