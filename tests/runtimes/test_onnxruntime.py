@@ -20,7 +20,7 @@ def test_weights_are_narrow_where_sums_of_16_bits_would_saturate(instruction_set
 
 def test_the_session_takes_its_threads(exported):
     artifact = exported("residual", "onnxruntime", "fp32")
-    session = runtimes.open_artifact(artifact.folder, 2).session
+    session = runtimes.open_artifact(artifact.folder, 2).session.session
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert session.get_providers() == ["CPUExecutionProvider"]

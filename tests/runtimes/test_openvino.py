@@ -45,7 +45,7 @@ def test_the_precision_that_is_not_in_the_file_stands_in_the_manifest(exported, 
     assert artifact.manifest.settings["INFERENCE_PRECISION_HINT"] == hint
     session = runtimes.open_artifact(artifact.folder, 2)
     session.run(artifact.arrays(1, seed=1))
-    (request,) = session.requests.values()
+    (request,) = session.session.requests.values()
     compiled = request.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == hint
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
