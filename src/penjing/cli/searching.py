@@ -38,7 +38,7 @@ def figures(values: Mapping[str, float]) -> str:
     """The figures that people look at, in words.
 
     >>> figures({"size_bytes": 5680.0, "drop": 0.006})
-    'size_bytes 5.68 kB, drop 0.6 %'
+    'size_bytes 5.68 kB, drop 0.60 %'
     """
     shown = [f"{n} {numbers.figure(values[n], FIGURES[n].unit)}" for n in SHOWN if n in values]
     return ", ".join(shown) or "nothing was measured"
