@@ -186,7 +186,7 @@ def runtime_networks() -> str:
         ]
         lines.append(f"| {runtime} | {' | '.join(cells)} |")
     reasons = {
-        f"{name} in {key.split()[0]}: {re.sub(r' [(].*?[)]', '', row['refused'].split(' got: ')[0])}"
+        f"{name} in {key.split()[0]}: " + re.split(r" [(]| got: | or ", row["refused"])[0]
         for name, network in networks.items()
         for key, row in network["cells"].items()
         if "refused" in row and row["code"] != "precision"
