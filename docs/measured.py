@@ -240,7 +240,7 @@ def search_headline() -> str:
     note = (
         f"{rows['speedup']:.1f}x faster than torch, {rows['smaller_than_raw']:.1f}x fewer bytes packed than weights, "
         f"accuracy {before:.2%} to {after:.2%}; {rows['seconds'] / 60:.0f} of {rows['minutes']:g} minutes, "
-        f"{rows['stopped']}; "
+        f"{rows['stopped']}; the goal was {'met' if rows['met'] else 'missed: ' + rows['reason']}; "
     )
     return _under(lines, data, note)
 
