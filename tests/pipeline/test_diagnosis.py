@@ -71,7 +71,7 @@ def test_operators_that_take_longer_to_start_than_to_compute():
 def test_channels_off_the_grid():
     network = nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 16, 3))
     finding = _kinds(_ready(network, 3, 12, 12))["off-grid"]
-    assert finding.sites == ("0",) and "no multiple of 8" in finding.words  # 9 channels are computed as 16
+    assert finding.sites == ("0",) and "not divisible by 8" in finding.words  # 9 channels are computed as 16
     assert "43.8 %" in finding.words
     assert "off-grid" not in _kinds(_ready(nn.Sequential(nn.Conv2d(3, 16, 3)), 3, 12, 12))
 

@@ -45,7 +45,7 @@ def _write(parsed: argparse.Namespace, several: Comparison) -> None:
         drawn = runs_picture.picture(several)
         if drawn is None:
             raise OutputError(
-                "there is no picture to draw",
+                "the runs can't be drawn",
                 code="no-picture",
                 got="fewer than two runs whose candidates have figures for both axes",
                 expected="a latency or a size, and a metric or a parity, of two runs",

@@ -27,10 +27,7 @@ def positive(text: str) -> int:
 def share(text: str) -> float:
     """A fraction, or a number of percent: "0.5%" or "0.005"."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        value = float(number) / (100 if percent else 1)
-    except ValueError:
-        value = math.nan
+    value = _number(number) / (100 if percent else 1)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.5% or 0.005")
     return value
@@ -38,10 +35,7 @@ def share(text: str) -> float:
 
 def decibels(text: str) -> float:
     """A number of decibels above 0: "25dB" or "25"."""
-    try:
-        value = float(text.lower().removesuffix("db"))
-    except ValueError:
-        value = math.nan
+    value = _number(text.lower().removesuffix("db"))
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of decibels above 0, such as 25dB")
     return value
@@ -49,21 +43,23 @@ def decibels(text: str) -> float:
 
 def minutes(text: str) -> float:
     """Minutes above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
+    value = _number(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return number
+    return value
 
 
 def duration(text: str) -> float:
     """Seconds, at least 0 and less than an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _number(text)
     if not 0 <= seconds < 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
     return seconds
+
+
+def _number(text: str) -> float:
+    """The text as a number; NaN, which fails every comparison, where it is not one."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

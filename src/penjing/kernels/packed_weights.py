@@ -141,7 +141,7 @@ class PackedProduct:
         threads.check_shape("the array of integers", q.shape, (shape.outputs, shape.inputs))
         threads.check_shape("the array of scales", scales.shape, (shape.outputs, groups))
         if not np.issubdtype(q.dtype, np.integer):
-            raise ArtifactError("the weights are no integers", code="range", got=str(q.dtype), expected="uint8")
+            raise ArtifactError("the packed weights are not integers", code="range", got=str(q.dtype), expected="uint8")
         if not 0 <= int(q.min()) <= int(q.max()) < 2**shape.bits:
             raise ArtifactError(
                 "a weight is not an integer of its bits", code="range", got=f"{q.min()} to {q.max()}",

@@ -2,7 +2,7 @@
 
 The model takes its constants from Horowitz, "Computing's Energy Problem (and what we can do about it)", ISSCC 2014
 (45 nm, 0.9 V). A processor of today needs less for each, and beside them everything that the model leaves out:
-instructions, control, leakage. It ranks artifacts; it is no power bill.
+instructions, control, leakage. It ranks artifacts; it does not predict a power bill.
 """
 
 from __future__ import annotations

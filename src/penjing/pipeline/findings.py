@@ -162,7 +162,7 @@ def _off_grid(whole: Whole, multiple: int) -> list[Finding]:
     chosen = [e for e in whole.entries if e.channels > 1 and e.channels % multiple and e.row.macs and not e.depthwise]
     most = max((_padding(e, multiple) for e in chosen), default=0.0)
     words = (
-        f"{_count(chosen, 'layer', 'writes', 'write')} a number of channels that is no multiple of {multiple} "
+        f"{_count(chosen, 'layer', 'writes', 'write')} a number of channels that is not divisible by {multiple} "
         f"({_names(whole, chosen)}): kernels compute up to {numbers.share(most)} of a layer for nothing; "
         "prune.Channels rounds to the multiple"
     )

@@ -15,7 +15,7 @@ from penjing.records import Diagnosis, from_dict
 
 
 def before(run: Run, order: Order) -> Diagnosis | None:
-    """What is to be expected; None where the network can't be diagnosed, which is no reason to stop."""
+    """What is to be expected; None where the diagnosis fails: the run goes on."""
     if stored := run.folder.read_state("diagnosis"):
         return from_dict(Diagnosis, stored)
     call = run.task.call()

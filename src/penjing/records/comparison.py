@@ -17,7 +17,7 @@ from penjing.records.runs import RunRow, read_runs
 JUDGED = ("metric", "drop", "relative_drop")
 TIMED = ("latency_ms", "throughput_per_s", "load_ms", "peak_memory_bytes", "energy_mj")
 NOISE = {"peak_memory_bytes": 0.02, "load_ms": 0.2}
-"""What these differ by from one measurement to the next, as a part of the value: less is no difference."""
+"""Relative variation between repeated measurements; smaller differences count as ties."""
 PACE = 1.2
 """The same source network on the same machine takes as long in every run; beyond this ratio something slowed one."""
 

@@ -28,7 +28,7 @@ class LayerShape:
         kind: As `penjing.network.graph.kind` names it.
         inputs: Channels in.
         outputs: Channels out.
-        kernel: Size of a convolution's window along an axis, of one that is no square the geometric mean; otherwise 1.
+        kernel: Size of a convolution's window along an axis, the geometric mean where it is not square; otherwise 1.
         stride: Its step.
         groups: Its groups.
         height: Of the input, 1 for vectors.
