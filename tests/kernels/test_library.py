@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError, TaskError
+from penjing.kernels import library, library_source
 from penjing.kernels.instruction_sets import INSTRUCTION_SETS, named, runs_here
 from penjing.kernels.library import write
 from penjing.kernels.network import described
 from penjing.kernels.opened import Opened
 from penjing.network.capture import capture_network
-from penjing.numerics.signs import binary, ternary
+from penjing.numerics.signs import binary, in_bytes, ternary
 from penjing.surgery import sign_inputs
 from tests.raises import raises_case
 
@@ -69,9 +70,8 @@ def network():
 
 
 def opened(network, path, **settings):
-    library = path / "model.so"
-    write(described(network, SHAPE), library, **settings)
-    return Opened(library, (SHAPE, (3,)))
+    write(described(network, SHAPE), path / "model.so", **settings)
+    return Opened(path / "model.so", (SHAPE, (3,)))
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -100,6 +100,67 @@ def test_ternary_weights_take_two_bits_and_answer_as_torch(name, signs, tmp_path
         expected = captured(x).numpy()
     answers = Opened(tmp_path / "model.so", (SHAPE, (3,)))(x.numpy())
     np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("x86-vpopcnt" not in HERE, reason="needs words of 16 bits")
+def test_small_layers_share_kernels_and_answer_to_the_bit_as_with_their_own(tmp_path, monkeypatch):
+    class Even(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(2, 16, 1)
+            self.same, self.down = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 32, (2, 3), stride=(1, 2))
+            self.tall, self.wide = nn.Conv2d(32, 64, (3, 1), padding=(2, 0), dilation=(2, 1)), nn.Conv2d(64, 48, 1)
+            self.odd = nn.Conv2d(48, 20, 3, padding=1)
+
+        def forward(self, x):
+            x = self.same(self.stem(x))
+            return self.odd(self.wide(self.tall(self.down(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    captured = capture_network(Even().eval(), (torch.rand(2, *SHAPE),), {})
+    inner = ["same", "down", "tall", "wide", "odd"]
+    sign_inputs(captured, inner)
+    with torch.no_grad():
+        for name in inner:
+            captured.get_parameter(f"{name}.weight").copy_(binary(captured.get_parameter(f"{name}.weight")))
+            captured.get_parameter(f"{name}_sign.threshold").uniform_(-0.2, 0.2)
+    x = torch.randn(2, *SHAPE)
+    answers, sizes = [], []
+    for most in (library_source.SHARES, 0):
+        monkeypatch.setattr(library_source, "SHARES", most)
+        write(described(captured, SHAPE), tmp_path / f"{most}.so", named("x86-vpopcnt"))
+        answers.append(Opened(tmp_path / f"{most}.so", (SHAPE, (20,)))(x.numpy()))
+        sizes.append((tmp_path / f"{most}.so").stat().st_size)
+    np.testing.assert_array_equal(*answers)
+    np.testing.assert_allclose(answers[0], captured(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+    assert sizes[0] < sizes[1] - 2000
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_weights_that_are_multiples_of_a_step_take_a_byte(bits, tmp_path):
+    sizes = []
+    torch.manual_seed(0)
+    captured = capture_network(nn.Sequential(nn.Conv2d(2, 33, 3), nn.ReLU()).eval(), (torch.rand(2, *SHAPE),), {})
+    for whole in (False, True):
+        if whole:
+            with torch.no_grad():
+                captured.get_parameter("0.weight").copy_(in_bytes(captured.get_parameter("0.weight")))
+        path = tmp_path / f"{whole}.so"
+        write(described(captured, SHAPE), path, named("c"), float_bits=bits)
+        sizes.append(path.stat().st_size)
+        x = torch.randn(2, *SHAPE)
+        answers = Opened(path, (SHAPE, (33, 6, 7)))(x.numpy())
+        near = 1e-5 if bits == 32 else 5e-3
+        np.testing.assert_allclose(answers, captured(x).detach().numpy(), rtol=near, atol=near)
+    assert sizes[0] - sizes[1] == pytest.approx(33 * 18 * (bits // 8 - 1), abs=300)
+
+
+def test_only_the_table_of_sections_is_left_out(network, tmp_path):
+    write(described(network, SHAPE), tmp_path / "model.so", named("c"))
+    written = (tmp_path / "model.so").read_bytes()
+    assert written[:4] == b"\x7fELF" and written[40:48] == bytes(8)
+    assert library.without_sections(written) == written
+    assert library.without_sections(b"MZ of another system") == b"MZ of another system"
 
 
 def test_two_that_are_open_do_not_disturb_each_other(network, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from penjing import prune, quantize
 from penjing.errors import QuantizationError, RecipeError
 from penjing.network.capture import capture_network
-from penjing.numerics.signs import Signs, binary, ternary
+from penjing.numerics.signs import Signs, binary, in_bytes, ternary
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import Sign
@@ -44,6 +44,12 @@ def test_ternary_is_zero_within_the_threshold():
     assert ternary(torch.tensor([[0.6, -2.0, 0.4, 1.0]])).tolist() == [[0.0, -1.5, 0.0, 1.5]]
 
 
+def test_bytes_are_whole_multiples_up_to_127():
+    weights = in_bytes(torch.tensor([[1.27, -0.333, 0.004], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.27, -0.33, 0.0], [0.0, 0.0, 0.0]]))
+    assert torch.equal(in_bytes(weights), weights)
+
+
 def test_signs_have_no_gradient_beyond_their_reach():
     x = torch.tensor([-1.5, -0.5, 0.0, 0.25, 2.0], requires_grad=True)
     y = Signs.apply(x)
@@ -63,6 +69,17 @@ def test_layers_between_the_first_and_the_last_are_binary(source, task):
     for name in ("stem", "head"):
         assert len(draft.network.get_parameter(f"{name}.weight").abs().unique()) > 20
     assert draft.edits[0] == {"edit": "sign_inputs", "layers": layers}
+
+
+def test_the_rest_may_become_bytes_after_the_training(source, task):
+    floats, whole = (run(quantize.Binary(finetune=SHORT, rest=rest), source, task) for rest in ("floats", "bytes"))
+    for name in ("stem", "head"):
+        weight = floats.network.get_parameter(f"{name}.weight")
+        assert torch.equal(whole.network.get_parameter(f"{name}.weight"), in_bytes(weight))
+        assert not torch.equal(weight, in_bytes(weight))
+    assert torch.equal(whole.network.get_parameter("hidden.weight"), floats.network.get_parameter("hidden.weight"))
+    with pytest.raises(RecipeError, match="rest="):
+        quantize.Binary(rest="nibbles")
 
 
 def test_ternary_weights_read_floats(source, task):

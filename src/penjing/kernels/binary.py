@@ -13,6 +13,7 @@ through a table with a row for every distinct border. With `padding="minus"` pad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from penjing.kernels import building, c_source, threads
 from penjing.kernels.instruction_sets import InstructionSet, here
 
 MOST_PIXELS, MOST_VECTORS = 4, 4  # of a tile of accumulators
+SHARED_WORD = 16  # bits of a word of a kernel that shapes share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class Layout:
         vectors: Vectors of filters of a tile.
         lanes: Filters of a vector.
         tiles: Tiles of filters.
+        ordered: Whether the channels of a word are neighbours.
     """
 
     word: int
@@ -93,6 +96,7 @@ class Layout:
     vectors: int
     lanes: int
     tiles: int
+    ordered: bool = False
 
     @property
     def bytes(self) -> int:
@@ -121,18 +125,33 @@ def layout(shape: Convolution, instructions: InstructionSet) -> Layout:
     return Layout(word, words, pixels, vectors, lanes, groups // vectors)
 
 
-def packed(signs: np.ndarray, width: int) -> np.ndarray:
+def shared_layout(shape: Convolution, instructions: InstructionSet) -> Layout | None:
+    """Return the layout of a kernel that reads sizes from memory (`shared_programs`); None if the shape has none."""
+    even = shape.channels % SHARED_WORD == 0 and shape.filters % SHARED_WORD == 0 and shape.dilation[1] == 1
+    bits = math.prod(shape.kernel) * shape.channels
+    if not (even and bits < 2**SHARED_WORD and {SHARED_WORD} < set(instructions.words) and instructions.triple):
+        return None
+    groups, most = shape.filters // SHARED_WORD, instructions.register_bits // SHARED_WORD
+    lanes = most if groups % (most // SHARED_WORD) == 0 else SHARED_WORD
+    pixels = min(MOST_PIXELS, shape.outputs[1])
+    return Layout(SHARED_WORD, shape.channels // SHARED_WORD, pixels, 1, lanes, shape.filters // lanes, ordered=True)
+
+
+def packed(signs: np.ndarray, width: int, ordered: bool = False) -> np.ndarray:
     """Pack signs into bytes.
 
     Args:
         signs: (…, channels) bool.
         width: Bytes of the result, at least channels / 8.
+        ordered: Whether channels keep their order.
 
     Returns:
-        (…, width) uint8; bit i of byte b is channel i·width + b.
+        (…, width) uint8; bit i of byte b is channel i·width + b, or 8·b + i if they are ordered.
     """
     padded = np.zeros((*signs.shape[:-1], 8 * width), np.uint8)
     padded[..., : signs.shape[-1]] = signs
+    if ordered:
+        return np.packbits(padded, axis=-1, bitorder="little")
     bits = padded.reshape(*signs.shape[:-1], 8, width)
     return np.asarray((bits << np.arange(8, dtype=np.uint8)[:, None]).sum(-2, dtype=np.uint8))
 
@@ -143,7 +162,7 @@ def packed_weights(signs: np.ndarray, shape: Convolution, lay: Layout) -> np.nda
     Returns:
         (tiles, kernel height, kernel width, words, vectors, lanes) unsigned integers of a word.
     """
-    words = packed(signs, lay.bytes).view(f"<u{lay.word // 8}")
+    words = packed(signs, lay.bytes, lay.ordered).view(f"<u{lay.word // 8}")
     every = np.zeros((lay.filters, *words.shape[1:]), words.dtype)
     every[: len(words)] = words
     tiles = every.reshape(lay.tiles, lay.vectors, lay.lanes, *words.shape[1:]).transpose(0, 3, 4, 5, 1, 2)
@@ -210,6 +229,15 @@ def functions(
         building.Function(names[0], pack_pointers, lambda: programs.pack(shape, lay)),
         building.Function(names[1], pointers, lambda: programs.convolution(shape, lay)),
     )
+
+
+def shared_function(lay: Layout, name: str) -> building.Function:
+    """Return the convolution that shapes share; its pointers are those of `shared_programs.convolution`."""
+    from penjing.kernels import shared_programs as programs
+
+    integers, floats = ("const int32_t *",) * 3, ("const float *",) * 2
+    pointers = (*("const uint16_t *",) * 2, *integers, *floats, "float *", "const int64_t *")
+    return building.Function(name, pointers, lambda: programs.convolution(lay))
 
 
 class BinaryConvolution:
@@ -340,5 +368,5 @@ def chunks(shape: Convolution, lay: Layout) -> tuple[tuple[int, int, int], tuple
 
 __all__ = [
     "BinaryConvolution", "BinaryProduct", "Convolution", "Layout", "bases", "distinct_borders", "functions", "layout",
-    "packed", "packed_weights",
+    "packed", "packed_weights", "shared_function", "shared_layout",
 ]  # fmt: skip

@@ -190,7 +190,9 @@ ONCE void convolve(const float *in, const float *weights, const float *scale, co
             const float *by = weights + ((int64_t)i * kw + j) * c * f + o;
             for (int k = 0; k < c; k++, by += f) sum += from[k] * *(const block *)by;
           }
-        for (int l = 0; l < some; l++) out[o + l] = sum[l] * scale[o + l] + shift[o + l];
+        sum = sum * *(const block *)(scale + o) + *(const block *)(shift + o);
+        if (some == BLOCK) *(block *)(out + o) = sum;
+        else for (int l = 0; l < some; l++) out[o + l] = sum[l];
       }
 }
 
@@ -272,6 +274,10 @@ RARE void widen(const uint16_t *in, float *out, int n) {
   }
 }
 
+RARE void convert(const int8_t *in, float *out, int n) {
+  for (int i = 0; i < n; i++) out[i] = (float)in[i];
+}
+
 /* Which taps of an axis lie inside, for every place of the output: numbers of distinct sets; returns how many. */
 RARE int inside(int n, int size, int taps, int stride, int pad, int apart, uint64_t *sets, int32_t *of, int times) {
   int count = 0;
@@ -315,4 +321,38 @@ RARE void borders(const uint8_t *weights, const int32_t *s, int32_t *table, int3
 """
 """The layers around the binary ones, NHWC, and what is computed once when a library is opened. NaN stays NaN."""
 
-__all__ = ["HEAD", "LAYERS", "POPCOUNT", "convolution", "included", "pack", "packed_product", "ternary"]
+SHARED = """
+#ifdef __AVX512F__
+#include <immintrin.h>
+#define SIGNS(in, threshold) \\
+  _mm512_cmp_ps_mask(_mm512_loadu_ps(in), _mm512_loadu_ps(threshold), _CMP_GE_OQ)
+#else
+static inline uint16_t SIGNS(const float *in, const float *threshold) {
+  uint16_t word = 0;
+  for (int i = 0; i < 16; i++) word |= (uint16_t)((in[i] >= threshold[i]) << i);
+  return word;
+}
+#endif
+
+/* A binary layer whose words have 16 bits. Of it: weights, the number of its shape, tables; of its shape see
+   `_geometry`: s[19] is the place of the packed input, s[20] the pixels of a tile, s[21] the kernel. */
+ONCE SHORT void binary(int layer, const float *in, float *out, char *m, const float *numbers) {
+  const int32_t *s = shapes[layers[layer][1]];
+  const char *t = m + TABLES + layers[layer][2];
+  int words = s[14], filters = s[15] * s[16], wide = (s[1] + 2 * s[9]) * words;
+  uint16_t *bits = (uint16_t *)(m + ARENA + s[19]), *to = bits + s[8] * wide + s[9] * words;
+  for (int y = 0; y < s[0]; y++, to += 2 * s[9] * words)
+    for (int x = 0, k = 0; x < s[1] * words; x++, in += 16) {
+      *to++ = SIGNS(in, numbers + 16 * k);
+      if (++k == words) k = 0;
+    }
+  int64_t sizes[9] = {s[10] * wide, s[5] * words, s[4], s[7] * words, s[6] * wide, s[3], s[16], filters, s[20]};
+  const uint16_t *weights = (const uint16_t *)(penjing_data + layers[layer][0]);
+  const int32_t *rows = (const int32_t *)(t + s[17]), *columns = (const int32_t *)(t + s[18]);
+  const float *scale = numbers + s[12];
+  KERNEL(s[21])(bits, weights, (const int32_t *)t, rows, columns, scale, scale + filters, out, sizes, 0, s[2]);
+}
+"""
+"""Binary layers of `shared_programs`, behind tables of the layers and shapes and a macro of the kernels."""
+
+__all__ = ["HEAD", "LAYERS", "POPCOUNT", "SHARED", "convolution", "included", "pack", "packed_product", "ternary"]

@@ -54,9 +54,13 @@ class InstructionSet:
 INSTRUCTION_SETS = {
     row.name: row
     for row in (
+        # LLVM's model of processors with AVX-512 has room for long loops, and puts two copies of a body into each.
         InstructionSet(
-            name="x86-vpopcnt", triple="x86_64-linux-gnu", processor="x86-64-v4",
-            features=("+avx512vpopcntdq", "+avx512bitalg"), machine="x86_64", register_bits=512, registers=32,
+            name="x86-vpopcnt", triple="x86_64-linux-gnu", processor="x86-64", machine="x86_64",
+            features=(
+                *("+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl", "+avx512vpopcntdq", "+avx512bitalg"),
+                *("+bmi", "+bmi2", "+crc32", "+f16c", "+fma", "+lzcnt", "+movbe", "+popcnt"),
+            ), register_bits=512, registers=32,
             flags=frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_bitalg"}),
             words=(8, 16, 32, 64), c_flags=("-march=x86-64-v4",),
         ),

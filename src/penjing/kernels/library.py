@@ -7,8 +7,8 @@ The library exports three C functions, and needs nothing but the C library:
 - ``void penjing_network(const float *in, float *out, char *memory, int32_t samples)``: samples of (channels, height,
   width), one after the other, on one thread.
 
-A binary weight takes one bit in the file and is read where it lies; other numbers take 32 or 16 bits there, and 32 in
-memory.
+A binary weight takes one bit in the file and is read where it lies. Other numbers take 32 or 16 bits there, or 8 if
+they are weights that are whole multiples of a step, and 32 in memory.
 
 **Opening a library runs its code.** `penjing.runtimes.kernels` makes artifacts of libraries, and opens those alone that
 it wrote itself or that the user trusts.
@@ -16,31 +16,24 @@ it wrote itself or that the user trusts.
 
 from __future__ import annotations
 
-import math
-import shutil
+import struct
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from penjing.kernels import binary, building, c_source, ternary
-from penjing.kernels.binary import Convolution, Layout
+from penjing.kernels import building, c_source
 from penjing.kernels.instruction_sets import InstructionSet, here
-from penjing.kernels.network import Described, Operation
-from penjing.kernels.ternary import Layout as TernaryLayout
+from penjing.kernels.library_source import Writer
+from penjing.kernels.network import Described
 
 LEVELS = ("binary", "ternary")  # kinds of operations whose weights are packed
-LINE = 64  # bytes at whose multiples arrays begin
 _SMALL = (
     "-s", "-nostartfiles", "-fvisibility=hidden", "-ffunction-sections", "-fno-asynchronous-unwind-tables",
     "-fno-ident", "-Wl,--build-id=none,--as-needed,--gc-sections,-z,noseparate-code,-z,norelro",
 )  # fmt: skip
+"""Flags of a library without names and what starts programs, whose bytes are the same when it is built again."""
 _SHORT = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")
 """Flags of the C that surrounds generated kernels: vectors as at -O3, and no further copies of loops."""
-"""Flags of a library without names and what starts programs, whose bytes are the same when it is built again."""
 
 
 def write(
@@ -64,7 +57,7 @@ def write(
         MissingDependency: TVM or a C compiler is missing.
     """
     instructions = instructions or here()
-    writer = _Writer(network, instructions, float_bits)
+    writer = Writer(network, instructions, float_bits)
     body = writer.body()
     with tempfile.TemporaryDirectory() as scratch:
         data, exported = Path(scratch) / "data.bin", Path(scratch) / "exported.map"
@@ -74,302 +67,24 @@ def write(
         # Plain C is all that there is without a triple; with one, what surrounds the generated kernels is kept short.
         flags = (*_SMALL, *(_SHORT if instructions.triple else ()), f"-Wl,--version-script={exported}")
         built = building.link(writer.functions, instructions, Path(scratch), [source], flags)
-        shutil.copyfile(built, path)
+        path.write_bytes(without_sections(built.read_bytes()))
     return {o.site: o.kind if o.kind in LEVELS else "fp32" for o in network.operations if o.site}
 
 
-class _Writer:
-    """Lays out constants and values, and writes the C functions that call the kernels."""
+def without_sections(library: bytes) -> bytes:
+    """Return an ELF library of 64 bits without its table of sections; others as given.
 
-    def __init__(self, network: Described, instructions: InstructionSet, float_bits: int) -> None:
-        self.network, self.instructions, self.float_bits = network, instructions, float_bits
-        self.data = bytearray()  # of the file: what is used where it lies
-        self.halves: list[np.ndarray] = []  # of the file, behind `data`: float16, which `penjing_prepare` widens
-        self.widened = 0  # numbers of `halves`
-        self.tables = 0  # bytes of what `penjing_prepare` computes
-        self.arena = 0  # bytes of values and packed inputs
-        self.functions: list[building.Function] = []
-        self.declared: list[str] = []  # C functions, one for every shape
-        self.shapes: dict[Convolution, _Shape] = {}
-        self.packs: dict[Any, tuple[str, int]] = {}  # what a packing kernel depends on → its name, place of the bits
-        self.ternaries: dict[Convolution, str] = {}  # the names of their kernels
-        self.frames: dict[Any, int] = {}
-        self.layers: list[tuple[int, int, int]] = []  # of binary ones: places of weights, number of shape, tables
-        self.geometries: list[tuple[int, ...]] = []  # of every shape of these
-        self.lines: list[str] = []
-        self.places: dict[str, int] = {}
-
-    def body(self) -> str:
-        """The C source behind the layers: one function for every shape of a binary layer, and those exported."""
-        network = self.network
-        last = {name: i for i, o in enumerate(network.operations) for name in o.inputs}
-        free: list[tuple[int, int]] = []  # (bytes, place)
-        fixed = self._ends(free)
-        for i, operation in enumerate(network.operations):
-            if operation.output not in fixed:
-                self._place(operation.output, free)
-            names = (*operation.inputs, operation.output)
-            where = {n: fixed.get(n, f"(float *)(m + ARENA + {self.places.get(n)})") for n in names}
-            _WRITERS[operation.kind](self, operation, where)
-            for name in {n for n in operation.inputs if last[n] == i and n not in fixed}:
-                free.append((self._bytes(name), self.places[name]))
-        self._leave(fixed)
-        sizes = [math.prod(network.shapes[name]) for name in (network.input, network.output)]
-        kernels = [f"void {f.name}({', '.join(f.pointers)}, int32_t, int32_t);" for f in self.functions]
-        tables = self.widened * 4
-        return "\n".join(
-            [
-                f"#define TABLES {tables}\n#define ARENA {tables + self.tables}", *kernels, *self.declared,
-                f"SHOWN int64_t penjing_bytes(void) {{ return ARENA + {self.arena + LINE}; }}",
-                "SHOWN SHORT void penjing_prepare(char *m) {",
-                f"  widen((const uint16_t *)(penjing_data + {len(self.data)}), (float *)m, {self.widened});",
-                *self._preparing(),
-                "}",
-                "SHOWN SHORT void penjing_network(const float *in, float *out, char *m, int32_t samples) {",
-                f"  for (int32_t n = 0; n < samples; n++, in += {sizes[0]}, out += {sizes[1]}) {{",
-                *self.lines,
-                "  }\n}\n",
-            ]
-        )  # fmt: skip
-
-    def _preparing(self) -> list[str]:
-        """Lines that compute the tables of binary layers."""
-        if not self.layers:
-            return []
-        rows = [", ".join(f"{{{', '.join(map(str, row))}}}" for row in part) for part in (self.layers, self.geometries)]
-        return [
-            f"  static const int32_t layers[][3] = {{{rows[0]}}}, shapes[][{len(self.geometries[0])}] = {{{rows[1]}}};",
-            f"  for (int i = 0; i < {len(self.layers)}; i++) {{",
-            "    const int32_t *s = shapes[layers[i][1]];",
-            "    char *t = m + TABLES + layers[i][2];",
-            "    borders((const uint8_t *)penjing_data + layers[i][0], s, (int32_t *)t, (int32_t *)(t + s[17]),",
-            "            (int32_t *)(t + s[18]));",
-            "  }",
-        ]
-
-    def file(self) -> bytes:
-        """The constants as they lie in the library."""
-        return bytes(self.data) + b"".join(half.tobytes() for half in self.halves)
-
-    def _ends(self, free: list[tuple[int, int]]) -> dict[str, str]:
-        """Where input and output lie; an image of several channels is laid out anew at first, pixel by pixel."""
-        fixed = {}
-        for name, pointer in ((self.network.input, "in"), (self.network.output, "out")):
-            height, width, channels = self.network.shapes[name]
-            beside = [o for o in self.network.operations if name in (*o.inputs, o.output)]
-            rounded = any(o.kind in ("add", "relu", "add_relu") for o in beside)  # these write whole blocks
-            if (channels == 1 or height * width == 1) and not rounded:
-                fixed[name] = pointer
-            else:
-                self._place(name, free)
-                fixed[name] = f"(float *)(m + ARENA + {self.places[name]})"
-                if pointer == "in":
-                    self.lines.append(f"    to_pixels(in, {fixed[name]}, {channels}, {height * width});")
-        return fixed
-
-    def _leave(self, fixed: dict[str, str]) -> None:
-        """Give what the last operation did not write to the output itself."""
-        name = self.network.output
-        height, width, channels = self.network.shapes[name]
-        if name == self.network.input:
-            self.lines.append(f"    to_pixels(in, out, 1, {height * width * channels});")
-        elif fixed[name] != "out":
-            self.lines.append(f"    to_pixels({fixed[name]}, out, {height * width}, {channels});")
-
-    def _bytes(self, name: str) -> int:
-        return _lines(math.prod(self.network.shapes[name]) * 4)
-
-    def _place(self, name: str, free: list[tuple[int, int]]) -> None:
-        size = self._bytes(name)
-        fitting = sorted(block for block in free if block[0] >= size)
-        if fitting:
-            free.remove(fitting[0])
-            self.places[name] = fitting[0][1]
-        else:
-            self.places[name] = self._room(size)
-
-    def _room(self, size: int) -> int:
-        place, self.arena = self.arena, self.arena + _lines(size)
-        return place
-
-    def _raw(self, array: np.ndarray) -> str:
-        """Store an array that is used where it lies; its address in C."""
-        place = len(self.data)
-        data = array.tobytes()
-        self.data += data + bytes(_lines(len(data)) - len(data))
-        return f"(penjing_data + {place})"
-
-    def _numbers(self, *arrays: np.ndarray) -> tuple[str, list[int]]:
-        """Store numbers in 32 or 16 bits; the address in C of the first array, and all places from there, in bytes."""
-        size = LINE // 4
-        padded = [np.pad(a.reshape(-1).astype(np.float32), (0, -a.size % size)) for a in arrays]
-        places = [4 * sum(len(p) for p in padded[:i]) for i in range(len(padded))]
-        whole = np.concatenate(padded)
-        magnitudes = np.abs(whole[whole != 0])
-        known = np.finfo(np.float16)
-        if self.float_bits == 32 or not len(magnitudes) or magnitudes.max() > known.max:
-            return self._raw(whole), places
-        address = f"(m + {4 * self.widened})"
-        self.halves.append(_halved(whole))
-        self.widened += len(whole)
-        return address, places
-
-    def convolution(self, o: Operation, where: dict[str, str]) -> None:
-        assert o.window is not None
-        w = o.window
-        address, places = self._numbers(o.arrays["weights"].transpose(1, 2, 3, 0), o.arrays["scale"], o.arrays["shift"])
-        sizes = (w.height, w.width, w.channels, *w.outputs, w.filters, *w.kernel, *w.stride, *w.pad, *w.dilation)
-        pointers = ", ".join(f"(const float *)({address} + {place})" for place in places)
-        self.lines.append(
-            f"    convolve({where[o.inputs[0]]}, {pointers}, {where[o.output]}, {', '.join(map(str, sizes))});"
-        )
-
-    def binary(self, o: Operation, where: dict[str, str]) -> None:
-        assert o.window is not None
-        known = self._shape(o.window)
-        lay, arrays = known.layout, o.arrays
-        place = len(self.data)
-        weights = self._raw(binary.packed_weights(arrays["weights"], o.window, lay))
-        padded = [np.pad(arrays[name], (0, lay.filters - o.window.filters)) for name in ("scale", "shift")]
-        address, _ = self._numbers(arrays["threshold"], *padded)
-        table, self.tables = f"m + TABLES + {self.tables}", self.tables + known.tables
-        self.layers.append((place, known.number, self.tables - known.tables))
-        given = f"{where[o.inputs[0]]}, {where[o.output]}, m, {weights}, {address}, {table}"
-        self.lines.append(f"    binary_{known.number}({given});")
-
-    def ternary(self, o: Operation, where: dict[str, str]) -> None:
-        assert o.window is not None
-        w, lay = o.window, ternary.layout(o.window, self.instructions)
-        weights = self._raw(ternary.packed(o.arrays["weights"], lay))
-        padded = [np.pad(o.arrays[name], (0, lay.filters - w.filters)) for name in ("scale", "shift")]
-        address, places = self._numbers(*padded)
-        given, target, (down, right) = where[o.inputs[0]], where[o.output], w.outputs
-        if any(w.pad) or lay.channels != w.channels:
-            given = f"(float *)(m + ARENA + {self._frame(w, lay)})"
-            sizes = (w.height, w.width, w.channels, *w.pad, lay.channels)
-            self.lines.append(f"    frame({where[o.inputs[0]]}, {given}, {', '.join(map(str, sizes))});")
-        if lay.filters != w.filters:
-            target = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
-        if w not in self.ternaries:
-            self.ternaries[w] = f"ternary_conv_{len(self.ternaries)}"
-            self.functions.append(ternary.function(w, self.instructions, self.ternaries[w]))
-        floats = ", ".join(f"(const float *)({address} + {place})" for place in places)
-        self.lines.append(
-            f"    {self.ternaries[w]}({given}, (const int32_t *){weights}, {floats}, {target}, 0, {down});"
-        )
-        if lay.filters != w.filters:
-            self.lines.append(f"    drop({target}, {where[o.output]}, {down * right}, {lay.filters}, {w.filters});")
-
-    def _frame(self, shape: Convolution, lay: TernaryLayout) -> int:
-        """The place of an input with its border, whose zeros stay; shapes of an input share it."""
-        key = (shape.height, shape.width, shape.channels, shape.pad)
-        if key not in self.frames:
-            down, right = (n + 2 * p for n, p in zip((shape.height, shape.width), shape.pad, strict=True))
-            self.frames[key] = self._room(down * right * lay.channels * 4)
-        return self.frames[key]
-
-    def sign(self, o: Operation, where: dict[str, str]) -> None:
-        height, width, channels = self.network.shapes[o.output]
-        address, _ = self._numbers(o.arrays["threshold"])
-        given = f"{where[o.inputs[0]]}, (const float *){address}, {where[o.output]}"
-        self.lines.append(f"    sign({given}, {height * width}, {channels});")
-
-    def _shape(self, shape: Convolution) -> _Shape:
-        """The C functions of a shape, written when it is first met."""
-        if shape in self.shapes:
-            return self.shapes[shape]
-        lay, number = binary.layout(shape, self.instructions), len(self.shapes)
-        names = [f"binary_pack_{number}", f"binary_conv_{number}"]
-        pack, convolve = binary.functions(shape, self.instructions, names)
-        packing, bits = self._packed(shape, lay, pack)
-        self.functions.append(convolve)
-        entries, (down, right) = lay.filters * binary.distinct_borders(shape), shape.outputs
-        rows = _lines(4 * entries)
-        columns = rows + _lines(4 * down)
-        tables = f"(int32_t *)t, (int32_t *)(t + {rows}), (int32_t *)(t + {columns})"
-        scale = _lines(4 * shape.channels)
-        shift = scale + _lines(4 * lay.filters)
-        word, last, out = f"uint{lay.word}_t", "", "out"
-        if lay.filters != shape.filters:
-            out = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
-            last = f"\n  drop({out}, out, {down * right}, {lay.filters}, {shape.filters});"
-        self.declared.append(f"""
-ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, const char *p, const char *t) {{
-  {packing}(in, (const float *)p, (uint8_t *)(m + ARENA + {bits}), 0, {shape.height});
-  {names[1]}((const {word} *)(m + ARENA + {bits}), (const {word} *)w, {tables},
-             (const float *)(p + {scale}), (const float *)(p + {shift}), {out}, 0, {down});{last}
-}}""")
-        self.geometries.append((*_geometry(shape, lay), rows, columns))
-        self.shapes[shape] = _Shape(number, lay, columns + _lines(4 * right))
-        return self.shapes[shape]
-
-    def _packed(self, shape: Convolution, lay: Layout, pack: building.Function) -> tuple[str, int]:
-        """The name of the kernel that packs a shape's input, and the place of the bits; shapes of an input share it."""
-        key = (shape.height, shape.width, shape.channels, shape.pad, lay.word, lay.words)
-        if key not in self.packs:
-            down, right = (n + 2 * p for n, p in zip((shape.height, shape.width), shape.pad, strict=True))
-            self.packs[key] = pack.name, self._room(down * right * lay.bytes)  # of its own: the border stays 0
-            self.functions.append(pack)
-        return self.packs[key]
-
-    def simple(self, o: Operation, where: dict[str, str]) -> None:
-        height, width, channels = self.network.shapes[o.inputs[0]]
-        blocks = str(self._bytes(o.inputs[0]) // 4)
-        sizes = {"average": f"{height * width}, {channels}"}.get(o.kind, blocks)
-        given = ", ".join(where[name] for name in (*o.inputs, o.output))
-        self.lines.append(f"    {o.kind}({given}, {sizes});")
-
-    def planes(self, o: Operation, where: dict[str, str]) -> None:
-        height, width, channels = self.network.shapes[o.inputs[0]]
-        self.lines.append(f"    to_pixels({where[o.inputs[0]]}, {where[o.output]}, {height * width}, {channels});")
-
-    def maximum(self, o: Operation, where: dict[str, str]) -> None:
-        assert o.window is not None
-        w = o.window
-        sizes = (w.height, w.width, w.channels, *w.outputs, *w.kernel, *w.stride, *w.pad, *w.dilation)
-        self.lines.append(f"    maximum({where[o.inputs[0]]}, {where[o.output]}, {', '.join(map(str, sizes))});")
+    Linkers and debuggers read that table. What loads a library reads that of segments alone.
+    """
+    if library[:6] != b"\x7fELF\x02\x01":
+        return library
+    (first,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
+    segments = (struct.unpack_from("<IIQQQQ", library, first + size * i) for i in range(count))
+    end = max(offset + length for _, _, offset, _, _, length in segments)
+    header = bytearray(library[:64])
+    struct.pack_into("<Q", header, 40, 0)
+    struct.pack_into("<HHH", header, 58, 0, 0, 0)
+    return bytes(header) + library[64:end]
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """A shape of binary layers: the number in the names of its functions, its layout, bytes of a layer's tables."""
-
-    number: int
-    layout: Layout
-    tables: int
-
-
-def _geometry(shape: Convolution, lay: Layout) -> tuple[int, ...]:
-    """What the C function `borders` reads."""
-    across = (*shape.outputs, *shape.kernel, *shape.stride, *shape.pad, *shape.dilation)
-    memory = (lay.word // 8, lay.words, lay.vectors * lay.lanes, lay.tiles)
-    return (shape.height, shape.width, *across, shape.channels, *memory)
-
-
-def _halved(numbers: np.ndarray) -> np.ndarray:
-    """Numbers in 16 bits. None becomes 0: an input of exactly 0 stays on its side of a threshold."""
-    halves = numbers.astype(np.float16)
-    least = np.copysign(np.finfo(np.float16).smallest_subnormal, numbers).astype(np.float16)
-    return np.where((halves == 0) & (numbers != 0), least, halves)
-
-
-def _lines(size: int) -> int:
-    """Bytes of so many, with those to the next line."""
-    return -(-size // LINE) * LINE
-
-
-_WRITERS: dict[str, Callable[[_Writer, Operation, dict[str, str]], None]] = {
-    "convolution": _Writer.convolution,
-    "binary": _Writer.binary,
-    "add": _Writer.simple,
-    "add_relu": _Writer.simple,
-    "relu": _Writer.simple,
-    "average": _Writer.simple,
-    "maximum": _Writer.maximum,
-    "planes": _Writer.planes,
-    "ternary": _Writer.ternary,
-    "sign": _Writer.sign,
-}
-
-
-__all__ = ["write"]
+__all__ = ["LEVELS", "without_sections", "write"]

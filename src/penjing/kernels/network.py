@@ -33,7 +33,7 @@ class Operation:
         output: Name of the value that it writes.
         window: Of a convolution or a maximum.
         arrays: float32: "weights" (filters, height, width, channels), "scale", "shift" and, of binary layers,
-            "threshold".
+            "threshold". Weights that are whole multiples of a step are int8, and the step is in "scale".
         site: The network's name of it; "" where it has none.
     """
 
@@ -191,6 +191,10 @@ class _Reader:
         if threshold is None and (scale := _levels(arrays["weights"])) is not None:
             arrays |= {"weights": np.sign(arrays["weights"]).astype(np.int8), "scale": scale}
             which = "ternary"
+        elif threshold is None and (step := _steps(arrays["weights"])) is not None:
+            every = step[:, None, None, None]
+            whole = np.divide(arrays["weights"], every, out=np.zeros_like(arrays["weights"]), where=every > 0)
+            arrays |= {"weights": np.rint(whole).astype(np.int8), "scale": step}
         output = self._new(node, (*window.outputs, filters))
         self.operations.append(Operation(which, (name,), output, window, arrays, site(node)))
 
@@ -289,6 +293,18 @@ def _levels(weights: np.ndarray) -> np.ndarray | None:
     scale: np.ndarray = rows.max(1)
     fits = ((rows == 0) | (rows == scale[:, None])).all() and rows.shape[1] > 1 and scale.any()
     return scale if fits else None
+
+
+def _steps(weights: np.ndarray) -> np.ndarray | None:
+    """The step of every filter of which all weights, (filters, …), are whole multiples up to 127; None: they are not.
+
+    As `penjing.numerics.signs.in_bytes` makes them, up to their rounding.
+    """
+    rows = np.abs(weights).reshape(len(weights), -1)
+    step: np.ndarray = rows.max(1) / np.float32(127)
+    whole = np.rint(np.divide(rows, step[:, None], out=np.zeros_like(rows), where=step[:, None] > 0))
+    fits = np.abs(whole * step[:, None] - rows) <= rows * np.float32(2**-21)
+    return step if fits.all() and step.any() else None
 
 
 def _two_levels(weight: Any) -> bool:

@@ -26,6 +26,13 @@ def ternary(weights: torch.Tensor, threshold: float = THRESHOLD) -> torch.Tensor
     return (torch.where(rows >= 0, scale, -scale) * outside).reshape(weights.shape)
 
 
+def in_bytes(weights: torch.Tensor) -> torch.Tensor:
+    """Whole multiples, −127 to 127, of a step for every output, (outputs, …): of its largest magnitude / 127."""
+    rows = weights.flatten(1)
+    step = rows.abs().amax(1, keepdim=True) / 127
+    return (torch.where(step > 0, rows / step, 0.0).round() * step).reshape(weights.shape)
+
+
 def signs(x: torch.Tensor) -> torch.Tensor:
     """1 where x ≥ 0, else −1, in the type of x."""
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
@@ -66,4 +73,4 @@ class Levels(torch.autograd.Function):
         return gradients[0], None
 
 
-__all__ = ["THRESHOLD", "Levels", "Signs", "binary", "signs", "ternary"]
+__all__ = ["THRESHOLD", "Levels", "Signs", "binary", "in_bytes", "signs", "ternary"]

@@ -7,11 +7,11 @@ al., "Bi-Real Net", ECCV 2018; thresholds: Liu et al., "ReActNet", ECCV 2020.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from penjing.quantize.levels import chosen, train_levels
 from penjing.steps.draft import Draft
-from penjing.steps.settings import FLAG, NAMES, check, instance
+from penjing.steps.settings import FLAG, NAMES, check, instance, one_of
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
 
@@ -35,6 +35,9 @@ class Binary:
         edges: Whether the first and the last layer are taken, too.
         layers: Layers, or parts of the network; empty takes all 2-D convolutions of several taps and linear layers.
         keep: Layers, or parts of the network, that are left as they are.
+        rest: What the weights of other convolutions and linear layers are: "floats", or "bytes": after the training
+            they become whole multiples, up to 127, of a step for every output, which take a byte in the runtime
+            `kernels`.
     """
 
     stage: ClassVar[str] = "levels"
@@ -46,6 +49,7 @@ class Binary:
     edges: bool = False
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    rest: Literal["floats", "bytes"] = "floats"
 
     def __post_init__(self) -> None:
         check(
@@ -55,6 +59,7 @@ class Binary:
             edges=FLAG,
             layers=NAMES,
             keep=NAMES,
+            rest=one_of("floats", "bytes"),
         )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
@@ -66,7 +71,15 @@ class Binary:
             TaskError: The task has no training data or no loss.
         """
         layers = chosen(draft.network, self.layers, self.keep, self.edges)
-        return train_levels(draft, context, layers, self.finetune, threshold=0.0, activations=self.activations)
+        return train_levels(
+            draft,
+            context,
+            layers,
+            self.finetune,
+            threshold=0.0,
+            activations=self.activations,
+            rest_in_bytes=self.rest == "bytes",
+        )
 
 
 __all__ = ["Binary"]

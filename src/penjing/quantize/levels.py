@@ -19,7 +19,7 @@ from penjing.distill import Outputs
 from penjing.errors import QuantizationError
 from penjing.network.graph import sites
 from penjing.network.selection import named
-from penjing.numerics.signs import Levels, binary, ternary
+from penjing.numerics.signs import Levels, binary, in_bytes, ternary
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import Sign, mark_codebooks, sign_inputs
@@ -89,7 +89,14 @@ def chosen(network: fx.GraphModule, layers: Sequence[str], keep: Sequence[str], 
 
 
 def train_levels(
-    draft: Draft, context: Context, layers: Sequence[str], finetune: Finetune, *, threshold: float, activations: bool
+    draft: Draft,
+    context: Context,
+    layers: Sequence[str],
+    finetune: Finetune,
+    *,
+    threshold: float,
+    activations: bool,
+    rest_in_bytes: bool = False,
 ) -> Draft:
     """Return a draft whose layers have weights of two or three levels.
 
@@ -100,6 +107,7 @@ def train_levels(
         finetune: The settings of the training.
         threshold: Of `penjing.numerics.signs.ternary`; 0 is two levels.
         activations: Whether the layers read the signs of their inputs.
+        rest_in_bytes: Whether other layers get weights that are whole multiples of a step, after the training.
 
     Raises:
         QuantizationError: There are two levels, and weights that were removed.
@@ -132,6 +140,10 @@ def train_levels(
             _replace(network, name, None)
             layer: Any = network.get_submodule(name)
             layer.weight.copy_(ternary(layer.weight, threshold) if threshold else binary(layer.weight))
+        if rest_in_bytes:
+            for layer in set(network.modules()) - set(map(network.get_submodule, layers)):
+                if type(layer) in _TRAINED:
+                    layer.weight.copy_(in_bytes(layer.weight))
     edits += [mark_codebooks(network, [f"{name}.weight"], rows=1, proportional=True) for name in layers]
     return replace(draft, network=network, edits=(*draft.edits, *edits))
 
