@@ -267,6 +267,41 @@ def test_padding_in_front_of_convolutions_becomes_theirs(tmp_path):
     np.testing.assert_array_equal(outputs, answers(insert(draft.network, draft.plan), x)[0])
 
 
+class Swishes(nn.Module):
+    """Functions that XNNPACK computes in floating point alone, between layers that it computes in integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.middle, self.head = conv(3, 8), conv(8, 8), conv(8, 4)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.middle(F.hardswish(self.stem(x)))))
+
+
+@pytest.mark.parametrize(("sets", "precision"), [(("avx", "avx2"), "fp32"), ((), "int8")])
+def test_functions_stay_in_floating_point_where_they_would_interrupt_xnnpack(tmp_path, sets, precision):
+    from ai_edge_litert.interpreter import Interpreter
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    task = Task(example=x, calibration=[x])
+    network = capture_network(Swishes().eval(), *task.call())
+    capabilities = runtime.capabilities(sets)
+    draft = Static()(Draft(network), Context(task=task, capabilities=capabilities))
+    manifest = building.build(draft, "litert", "int8", task, flatten_outputs(network(x))[1], tmp_path)
+    operators = {operator.type: operator.precision for operator in isolated.executed(tmp_path, manifest)}
+    assert {operators[name] for name in ("HARD_SWISH", "GELU")} == {precision}
+    assert operators["CONV_2D"] == "int8"
+    file = Interpreter(str(tmp_path / "model.tflite"))
+    file.allocate_tensors()
+    delegated = [row for row in file._get_ops_details() if row["op_name"] == "DELEGATE"]
+    assert (len(delegated) == 1) == (precision == "fp32")
+    outputs = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
+    assert measure.parity([answers(insert(draft.network, draft.plan), x)], [outputs], "planned").snr_db >= INTEGER_DB
+    told = {f"litert has no integer kernel for {kind}" for kind in ("hardswish", "gelu")}
+    assert set(draft.plan.floats.values()) == (told if precision == "fp32" else set())
+
+
 def test_the_same_network_gives_the_same_file(made, tmp_path):
     _, draft, manifest, folder, task = made("Gates", "int8")
     building.build(draft, "litert", "int8", task, manifest.structure, tmp_path)

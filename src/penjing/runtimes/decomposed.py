@@ -25,6 +25,7 @@ from penjing.network.naming import free_name
 from penjing.numerics import operators
 
 _SITE = "penjing_site"  # in metadata that torch carries through export, decompositions and files
+_FLOAT = "penjing_float"
 _LIBRARIES = ("aten", "prims", "higher_order", "penjing", "quantized_decomposed")
 _WHOLE = ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")  # with an output of one place
 _EPS = torch.finfo(torch.float32).eps  # the smallest scale of a range that is taken at run time
@@ -63,12 +64,19 @@ def site(node: fx.Node) -> str:
     return str((node.meta.get("custom") or {}).get(_SITE, ""))
 
 
+def floats(node: fx.Node) -> bool:
+    """Whether a node of an exported program is of an operator that the plan leaves in floating point."""
+    return bool((node.meta.get("custom") or {}).get(_FLOAT))
+
+
 def sited(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a network, of which the nodes of an exported program tell their `site`."""
+    """A copy of a network, of which the nodes of an exported program tell their `site`, and whether it `floats`."""
     network = copy.deepcopy(network)
     for node in network.graph.nodes:
         if node.op in ("call_module", "call_function"):
             node.meta["custom"] = {_SITE: str(node.meta.get("site", ""))}
+            if "float" in node.meta:
+                node.meta["custom"][_FLOAT] = True
     return network
 
 

@@ -24,7 +24,10 @@ ADDED = "added"
 _CONVERTING = ("QUANTIZE", "DEQUANTIZE", "CAST")
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV", "CONV_3D")
 _MOVING = ("TRANSPOSE", "RESHAPE", "PAD", "PADV2", "SQUEEZE", "EXPAND_DIMS", "SLICE", "STRIDED_SLICE", "BROADCAST_TO")
-_FUNCTIONS = frozenset({"sigmoid", "tanh", "hardswish", "gelu", "elu", "leaky_relu"})
+_UNDELEGATED = frozenset({"hardswish", "gelu"})
+"""Functions that XNNPACK computes in floating point alone. LiteRT's own integer kernels of them are loops over single
+values on x86, and end the stretch that XNNPACK computes; a dequantizer and a quantizer that it takes cost less."""
+_FUNCTIONS = frozenset({"sigmoid", "tanh", "elu", "leaky_relu"}) | _UNDELEGATED
 _MOVED = frozenset("max_pool pad reshape transpose select slice split split_with_sizes chunk unbind".split())
 _INTEGER = frozenset({"conv", "linear", "add", "mul", "cat", "avg_pool", "matmul"}) | _FUNCTIONS
 
@@ -37,21 +40,26 @@ within 1/256 of a step of a tie go to its other side. This is less: 1/2048 of a 
 
 def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Signed activations of any zero point, signed weights without; every integer kernel writes integers."""
+    x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
+    integer = _INTEGER - _UNDELEGATED if x86 else _INTEGER
+    notes = ("it runs samples one by one: the sizes of a file are fixed",)
+    if x86:
+        notes += ("hard swish and GELU are computed in floating point: XNNPACK has no integer kernels for them",)
     return Capabilities(
         runtime="litert",
         precisions=("fp32", "int8"),
         weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=True, symmetric=False),
-        integer=_INTEGER,
+        integer=integer,
         fuses=frozenset({"relu", "clip"}),
         passthrough=_MOVED,
-        quantized_output=_INTEGER,
+        quantized_output=integer,
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
         dynamic=None,
         rounding=ROUNDING,
         channel_multiple=channel_multiple(instruction_sets),
-        notes=("it runs samples one by one: the sizes of a file are fixed",),
+        notes=notes,
     )
 
 

@@ -60,7 +60,6 @@ def _apart(program: Any) -> None:
     A concatenation of quantized values that the plan leaves in floating point would get the scale of its first value.
     A softmax would get steps of 1/256, in which the attention over a few hundred tokens is lost.
     """
-    import litert_torch.backend  # registers the barrier
     import torch
 
     forth = torch.ops.quantized_decomposed.quantize_per_tensor.default
@@ -74,17 +73,41 @@ def _apart(program: Any) -> None:
         quantized = any(x.target is back for x in node.all_input_nodes)
         if not softmax and not (joins and quantized and not any(user.target is forth for user in node.users)):
             continue
-        parts = node.all_input_nodes
-        barred = (*parts, parts[0]) if len(parts) == 1 else tuple(parts)  # its lowering takes two at least
-        with graph.inserting_before(node):
-            barrier = graph.call_function(litert_torch.backend.optimization_barrier.optimization_barrier_op, (barred,))
-            barrier.meta["val"] = [x.meta["val"] for x in barred]
-            for number, x in enumerate(parts):
-                value = graph.call_function(operator.getitem, (barrier, number))
-                value.meta.update(x.meta)
-                node.replace_input_with(x, value)
+        _bar(node)
     graph.lint()
     program.graph_module.recompile()
+
+
+def _in_floating_point(program: Any) -> None:
+    """Keep the converter from computing in integers a function of one value that the plan leaves in floating point.
+
+    Behind the layout pass, which would transpose in front of a barrier and back behind it.
+    """
+    import torch
+
+    from penjing.runtimes.decomposed import floats
+
+    back = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in list(program.graph.nodes):
+        if floats(node) and len(node.all_input_nodes) == 1 and node.all_input_nodes[0].target is back:
+            _bar(node)
+    program.graph.lint()
+    program.graph_module.recompile()
+
+
+def _bar(node: Any) -> None:
+    """Let an operator read its inputs through a barrier, which the converter fuses nothing across."""
+    from litert_torch.backend.optimization_barrier import optimization_barrier_op
+
+    graph, parts = node.graph, node.all_input_nodes
+    barred = (*parts, parts[0]) if len(parts) == 1 else tuple(parts)  # its lowering takes two at least
+    with graph.inserting_before(node):
+        barrier = graph.call_function(optimization_barrier_op, (barred,))
+        barrier.meta["val"] = [x.meta["val"] for x in barred]
+        for number, x in enumerate(parts):
+            value = graph.call_function(operator.getitem, (barrier, number))
+            value.meta.update(x.meta)
+            node.replace_input_with(x, value)
 
 
 def _pads_in_channels_last() -> None:
@@ -118,6 +141,7 @@ def _flatbuffer(program: Any, inputs: list[str], outputs: list[str]) -> bytes:
     program = fx_infra.safe_run_decompositions(program, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
     _pads_in_channels_last()
     program = core._run_convert_passes(program)
+    _in_floating_point(program)
     context = backend.export_utils.create_ir_context()
     lowered = backend.export.exported_program_to_mlir(
         program, ir_context=context, lowering_context_plugins=[inline_consts.InlineConstsContext()]

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from penjing.errors import QuantizationError
+from penjing.network.graph import sites
 from penjing.network.naming import free_name
 from penjing.numerics import grid, operators
 from penjing.steps.plan import Entry, Plan
@@ -19,10 +20,16 @@ SHARED = 64  # number of values from which on equal tensors are stored once
 
 
 def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Return a copy of `network` whose quantized weights are stored as integers, ready for export."""
+    """Return a copy of `network` whose quantized weights are stored as integers, ready for export.
+
+    Operators that the plan leaves in floating point have the reason in their metadata, as `float`.
+    """
     network = copy.deepcopy(network)
     if not plan:
         return network
+    nodes = sites(network)
+    for name in plan.floats.keys() & nodes.keys():
+        nodes[name].meta["float"] = plan.floats[name]
     writer = _Writer(network)
     rewire(network, plan, writer.place, writer.weight, writer.bias, writer.constant, writer.linear_dynamic, writer.rows)
     for node in reversed(list(network.graph.nodes)):
