@@ -42,7 +42,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Signed activations of any zero point, signed weights without; every integer kernel writes integers."""
     x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
     integer = _INTEGER - _UNDELEGATED if x86 else _INTEGER
-    notes = ("it runs samples one by one: the sizes of a file are fixed",)
+    notes: tuple[str, ...] = ("it runs samples one by one: the sizes of a file are fixed",)
     if x86:
         notes += ("hard swish and GELU are computed in floating point: XNNPACK has no integer kernels for them",)
     return Capabilities(
