@@ -1,6 +1,7 @@
 """A small network for scikit-learn's digits, trained once, and a finished run of it: what several tests look at."""
 
 import gc
+import os
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def forks():
     from tests.forked_workers import forked_workers
 
     with forked_workers():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_waits():
+    """Files are not awaited until the disk has them, timed workers stay on no processor, and timings make no pauses.
+
+    All three matter to a run that may end in a power cut or that is timed with care. Tests are neither, and several
+    parts of them run at once: on one processor their workers would wait for each other. Processes of runtimes stay
+    until the tests end, for importing some of the runtimes takes seconds.
+    """
+    from penjing.measure import latency, series
+    from penjing.runtimes import isolated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolated, "IDLE_S", 3600.0)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(latency, "PAUSE_S", 0.0)
+        for module in (latency, series):
+            patch.setattr(module, "processors", tuple)
         yield
 
 

@@ -12,7 +12,7 @@ from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 
-PICTURES = 2000  # of the 10,000 test images
+PICTURES = 1000  # of the 10,000 test images
 OPERATORS = {"conv": 21, "linear": 1, "add": 9}
 
 

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from penjing.errors import MissingDependency, UsageError
+from penjing.measure import latency
 from penjing.measure.child import TargetError
 from penjing.measure.latency import Target, Timing, compare, order, ratio
 from penjing.measure.machine import processors
@@ -84,7 +85,8 @@ def test_ratio_pairs_the_rounds():
     assert ratio(timing(3.0, 1.0), timing(1.0, 1.0)) == statistics.median([3.0, 1.0])
 
 
-def test_worker_gets_threads_processors_and_inputs(openers, tray):
+def test_worker_gets_threads_processors_and_inputs(openers, tray, monkeypatch):
+    monkeypatch.setattr(latency, "processors", processors)
     folder = tray("a")
     inputs = [np.arange(3, dtype=np.int64), np.array([[True]]), np.float32([[0.5, 1.5]])]
     compare([target(folder, *inputs)], rounds=1, opener="tiny_openers:world", **QUICK)

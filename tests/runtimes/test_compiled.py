@@ -61,20 +61,28 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def integers(request, tmp_path):
-    """An int8 artifact, and the layers that are computed in integers."""
-    case, layers = CASES[request.param]
-    return export(case, "torch-compile", "int8", tmp_path), layers
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory):
+    """``integers(name)``: an int8 artifact, a session of it, and the layers that are computed in integers."""
+    opened = {}
+
+    def get(name):
+        if name not in opened:
+            case, layers = CASES[name]
+            artifact = export(case, "torch-compile", "int8", tmp_path_factory.mktemp("artifact"))
+            opened[name] = artifact, runtimes.open_artifact(artifact.folder, 1), layers
+        return opened[name]
+
+    return get
 
 
-def test_it_computes_the_plan_in_integers_at_every_batch(integers):
-    artifact, layers = integers
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_the_plan_in_integers_at_every_batch(integers, name):
+    artifact, session, layers = integers(name)
     operators = runtimes.executed(artifact.folder, artifact.manifest)
     assert {
         site for op in operators if op.precision == "int8" for site in op.sites if not site.startswith("/")
     } == layers
-    session = runtimes.open_artifact(artifact.folder, 1)
     for batch in (1, 2, 5):
         (answer,) = session.run(artifact.arrays(batch, seed=3))
         assert measure.parity([artifact.answers(batch, seed=3)], [[answer]], "planned").snr_db >= INTEGER_DB
@@ -84,12 +92,10 @@ def test_it_computes_the_plan_in_integers_at_every_batch(integers):
     assert sum(calls.values()) == sum(operator.precision == "int8" for operator in operators) == len(layers)
 
 
-def test_in_a_process_of_its_own_it_answers_the_same(exported):
-    artifact = exported("residual", "torch-compile", "int8")
+def test_in_a_process_of_its_own_it_answers_the_same(integers):
+    artifact, session, _ = integers("one channel")
     inputs = artifact.arrays(3, seed=5)
-    (one,), (two,) = (
-        opened(artifact.folder, 1).run(inputs) for opened in (runtimes.open_artifact, isolated.open_artifact)
-    )
+    (one,), (two,) = session.run(inputs), isolated.open_artifact(artifact.folder, 1).run(inputs)
     assert one.tobytes() == two.tobytes()
 
 
@@ -100,8 +106,8 @@ def test_opening_it_may_take_as_long_as_a_compiler_does(exported):
     assert compiled > plain + 600
 
 
-def test_the_settings_of_torch_are_left_as_they_were(exported):
-    runtimes.open_artifact(exported("residual", "torch-compile", "fp32").folder, 1)
+def test_the_settings_of_torch_are_left_as_they_were(integers):
+    integers("encoder")
     assert not torch._inductor.config.freezing
 
 

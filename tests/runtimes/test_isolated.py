@@ -74,9 +74,10 @@ def test_one_process_serves_all_artifacts_of_a_runtime(artifact):
 
 def test_a_process_that_was_begun_is_the_one_that_opens_and_ends_when_nothing_is_asked(artifact, monkeypatch):
     folder, inputs = artifact
-    isolated.close()
-    monkeypatch.setattr(isolated, "IDLE_S", 3.0)
     runtime = read_manifest(folder).runtime
+    if runtime in isolated._workers:
+        isolated._workers[runtime].close()
+    monkeypatch.setattr(isolated, "IDLE_S", 3.0)
     isolated.begin(runtime)
     begun = isolated._workers[runtime].process
     session = isolated.open_artifact(folder, 1)

@@ -132,14 +132,27 @@ def test_a_loader_beside_the_artifact_opens_it(exported, tmp_path):
         np.testing.assert_allclose(outputs[""], artifact.answers(2, seed=3)[0], rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def loaded(exported, tmp_path_factory):
+    """``loaded(runtime)``: the module `load.py` of a network in this process."""
+    modules = {}
+
+    def get(runtime):
+        if runtime not in modules:
+            artifact, path = exported("residual", runtime, "fp32"), tmp_path_factory.mktemp("loader") / "load.py"
+            write_loader(path, artifact.manifest, str(artifact.folder), 1)
+            spec = importlib.util.spec_from_file_location("load_of_a_test", path)
+            modules[runtime] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[runtime])
+        return modules[runtime]
+
+    return get
+
+
 @pytest.mark.parametrize("runtime", [name for name in runtimes.names() if not runtimes.absent(name)])
 @pytest.mark.parametrize("wrong", ["surplus", "unknown", "missing", "twice"])
-def test_inputs_that_it_does_not_have_are_an_error(exported, tmp_path, runtime, wrong):
-    artifact = exported("residual", runtime, "fp32")
-    write_loader(tmp_path / "load.py", artifact.manifest, str(artifact.folder), 1)
-    spec = importlib.util.spec_from_file_location("load_of_a_test", tmp_path / "load.py")
-    load = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load)
+def test_inputs_that_it_does_not_have_are_an_error(loaded, runtime, wrong):
+    load = loaded(runtime)
     name, x = load.PROGRAM["inputs"][0]["name"], np.zeros((1, 1), np.float32)
     calls = {
         "surplus": ((x, x), {}),

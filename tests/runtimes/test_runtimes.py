@@ -2,9 +2,11 @@
 
 import copy
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -285,20 +287,22 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch, run
 
 
 def test_the_source_is_stored_in_the_same_bytes_by_every_process(tmp_path):
-    program = (
-        "import sys, pathlib, torch\n"
-        "from torch import nn\n"
-        "from penjing.network.capture import capture_network\n"
-        "from penjing.runtimes import eager\n"
-        "torch.manual_seed(0)\n"
-        "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()\n"
-        "network = capture_network(net, (torch.zeros(1, 3, 8, 8),))\n"
-        "eager.export(network, ((torch.zeros(2, 3, 8, 8),), {}), None, 'fp32', {'kind': 'tensor'},\n"
-        "             pathlib.Path(sys.argv[1]))\n"
-    )
-    files = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True, capture_output=True)
-        files.append((tmp_path / name / "model.pt2").read_bytes())
-    assert files[0] == files[1]
+    def store(folder):
+        """In this process, and in another one that has this text alone."""
+        import torch
+        from torch import nn
+
+        from penjing.network.capture import capture_network
+        from penjing.runtimes import eager
+
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        network = capture_network(net, (torch.zeros(1, 3, 8, 8),))
+        folder.mkdir()
+        eager.export(network, ((torch.zeros(2, 3, 8, 8),), {}), None, "fp32", {"kind": "tensor"}, folder)
+
+    text = textwrap.dedent(inspect.getsource(store))
+    text += f"import pathlib\nstore(pathlib.Path({str(tmp_path / 'two')!r}))\n"
+    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+    store(tmp_path / "one")
+    assert (tmp_path / "one" / "model.pt2").read_bytes() == (tmp_path / "two" / "model.pt2").read_bytes()

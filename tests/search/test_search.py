@@ -1,5 +1,6 @@
 """A search from its goal to the artifact: what it tries, what it leaves, and how it goes on after an interruption."""
 
+import contextlib
 import json
 import shutil
 
@@ -113,18 +114,18 @@ def test_a_finished_search_is_not_searched_again(result, tmp_path):
     assert not [event for event in events if event["kind"] == "trial"]
 
 
-@pytest.mark.parametrize(("kind", "number"), [("trial", 1), ("tried", 3), ("trial", 5)])
-def test_interrupted_it_goes_on_to_the_same_artifact(result, tmp_path, kind, number):
-    with pytest.raises(Interrupted):
-        pj.compress(
-            network(), task(), GOAL, trials=TRIALS, out=tmp_path, listeners=[interrupting(kind, number)], **OPTIONS
-        )
-    events = []
-    again = pj.compress(
-        network(), task(), GOAL, trials=TRIALS, out=tmp_path, resume=True, listeners=[events.append], **OPTIONS
-    )
+def test_interrupted_again_and_again_it_goes_on_to_the_same_artifact(result, tmp_path):
+    begun = 0
+    for kind, number in (("trial", 1), ("tried", 3), ("trial", 5), ("never", TRIALS)):
+        events = []
+        listeners = [events.append, interrupting(kind, number)]
+        with contextlib.nullcontext() if kind == "never" else pytest.raises(Interrupted):
+            again = pj.compress(
+                network(), task(), GOAL, trials=TRIALS, out=tmp_path, resume=begun > 0, listeners=listeners, **OPTIONS
+            )
+        assert min(event["number"] for event in events if event["kind"] == "trial") >= begun
+        begun = number
     assert again.record.chosen.sha256 == result[0].record.chosen.sha256
-    assert min(event["number"] for event in events if event["kind"] == "trial") >= number
     same = [(row.words, row.measured.get("size_bytes")) for row in again.record.search.trials]
     assert same == [(row.words, row.measured.get("size_bytes")) for row in result[0].record.search.trials]
 
