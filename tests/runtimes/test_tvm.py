@@ -12,9 +12,11 @@ from torch import nn
 from penjing import runtimes
 from penjing.errors import ArtifactError, ExportError, UsageError
 from penjing.network.capture import capture_network
+from penjing.pipeline.refusals import refused
 from penjing.records.manifest import read_manifest, write_manifest
 from penjing.runtimes import isolated, trusted
 from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 from tests.raises import raises_case
 
 pytest.importorskip("tvm")
@@ -89,6 +91,38 @@ def test_schedules_are_kept_and_the_time_is_kept_to(built, tmp_path):
     assert time.monotonic() - start < 120
     assert {path: json.loads(path.read_text())["sampled"] for path in sampled} == sampled
     assert read_manifest(tmp_path) == read_manifest(folder)
+
+
+class Refused(nn.Module):
+    """Convolutions that TVM could tune around a function that its front end does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.after(torch.special.erfinv(torch.tanh(self.before(x)) * 0.5))
+
+
+def test_what_it_refuses_is_found_without_tuning_what_it_takes(tmp_path, monkeypatch):
+    """Each half of the network that runs would be tuned for as long as an artifact is."""
+    monkeypatch.setenv("PENJING_CACHE", str(tmp_path))
+    isolated.close()
+    x = torch.randn(2, 3, 12, 12)
+    (refusal,) = refused(capture_network(Refused().eval(), (x,)), Task(example=x), "tvm")
+    isolated.close()
+    assert refusal.kind == "special_erfinv" and not refusal.shapes
+    assert not (tmp_path / "tvm").exists()
+
+
+def test_an_operator_that_can_not_be_built_stops_the_tuning(monkeypatch):
+    from penjing.runtimes import tvm_tuning
+
+    (one, target), (other, _) = _operator(nn.Softmax(-1)), _operator(nn.Hardtanh(0, 0.5))
+    other.seconds = float("inf")
+    monkeypatch.setattr(tvm_tuning, "_operators", lambda *_: [one, other])
+    monkeypatch.setattr(tvm_tuning, "_samples", lambda *_: pytest.fail("a schedule is sampled"))
+    tvm_tuning._tune(one.module, target, 60.0)
 
 
 def test_machine_code_of_others_is_not_opened(built, tmp_path, monkeypatch):

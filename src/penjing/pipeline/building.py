@@ -31,11 +31,24 @@ LOOKED_UP = "it is stored in 8 bits; what is looked up becomes floating point, a
 TOLD = 0.1  # a share that stays in floating point and is larger is told
 
 
-def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path) -> Manifest:
-    """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`."""
+def build(
+    draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path, *, tuned: bool = True
+) -> Manifest:
+    """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`.
+
+    Args:
+        draft: What is exported.
+        runtime: The runtime's name.
+        precision: One of those that the runtime has.
+        task: Gives an example, and the axes that vary.
+        structure: Of the network's outputs.
+        folder: An empty one.
+        tuned: Whether time may go into making it fast; not where all that counts is whether it runs.
+    """
     network = zero_hidden_rows(freeze(draft.network, draft.plan if precision in INTEGER else Plan()))
     if precision not in INTEGER:
         network.meta["codebooks"] = looked_up(draft.network, draft.codebooks)
+    network.meta["tuned"] = tuned
     manifest = runtimes.get(runtime).export(network, task.call(), task.dynamic, precision, structure, folder)
     write_loader(folder / "load.py", manifest, ".", 1)
     write_manifest(folder, manifest)

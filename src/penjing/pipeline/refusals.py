@@ -236,7 +236,7 @@ class _Search:
         try:
             with tempfile.TemporaryDirectory(prefix="penjing-") as aside, torch.no_grad():
                 structure = flatten_outputs(network(*args, **kwargs))[1]
-                manifest = build(Draft(network), self.runtime, "fp32", task, structure, Path(aside))
+                manifest = build(Draft(network), self.runtime, "fp32", task, structure, Path(aside), tuned=False)
                 stage = "open"
                 session = isolated.open_artifact(aside, 1)
                 stage = "run"

@@ -82,11 +82,10 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         path = Path(aside) / "relax.json"
         path.write_text(_relax(program, network), encoding="utf-8")
         library = folder.absolute() / "model.so"
-        budget = seconds()
+        budget = seconds() if network.meta.get("tuned", True) else None
         threads = torch.get_num_threads()
-        processor = isolated.call(
-            "tvm", "build", path, str(library), budget, threads, more_s=budget * 1.5 + _COMPILING_S
-        )
+        more_s = (budget or 0.0) * 1.5 + _COMPILING_S
+        processor = isolated.call("tvm", "build", path, str(library), budget, threads, more_s=more_s)
     trusted.remember(library)
     return Manifest(
         runtime="tvm",
@@ -205,7 +204,7 @@ def _name(node: Any) -> str:
     return str(node.target).partition(".")[2]
 
 
-def build(path: str, library: str, budget: float, threads: int) -> str:
+def build(path: str, library: str, budget: float | None, threads: int) -> str:
     """See `penjing.runtimes.tvm_tuning.build`."""
     from penjing.runtimes import tvm_tuning
 

@@ -55,13 +55,13 @@ class _Operator:
     sampled: int = 0
 
 
-def build(path: str, library: str, budget: float, threads: int) -> str:
+def build(path: str, library: str, budget: float | None, threads: int) -> str:
     """Compile a Relax module with its best schedules into a shared library; returns what the processor is called.
 
     Args:
         path: The module in JSON.
         library: The file to write.
-        budget: Seconds of tuning; what was tuned before is on disk.
+        budget: Seconds of tuning; what was tuned before is on disk. None: as TVM starts, nothing timed, nothing read.
         threads: That the artifact will have; schedules are chosen for them.
     """
     import tvm
@@ -73,7 +73,8 @@ def build(path: str, library: str, budget: float, threads: int) -> str:
     tvm.get_global_func("runtime.config_threadpool")(1, threads)
     with target, _quiet():
         module = _lowered(Path(path).read_text(encoding="utf-8"))
-        _tune(module, target, budget)
+        if budget is not None:
+            _tune(module, target, budget)
         tvm.compile(module, target=target).export_library(library)
     return name
 
@@ -102,6 +103,8 @@ def _tune(module: Any, target: Any, budget: float) -> None:
     """Give the operators of a module their best schedules, in place."""
     schedules = _import()
     operators = _operators(schedules, module, target)
+    if any(operator.seconds == float("inf") for operator in operators):
+        return  # one that can't be built is refused when all are compiled: no time goes into the others
     end = time.monotonic() + budget
     sources = {o.key: _samples(schedules, o, target) for o in operators if o.sampled < SAMPLES}
     while sources and time.monotonic() < end:
