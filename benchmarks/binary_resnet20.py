@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+BATCH = 64  # samples that threads share
 RESULTS = ROOT / "benchmarks" / "results" / "binary_resnet20.json"
 
 
@@ -130,6 +131,12 @@ def artifact(options):
     sides |= {"onnxruntime fp32, 2 threads": two}
     gc.collect()
     row["sides"] = timed({name: lambda s=session: s.run([one]) for name, session in sides.items()}, options.seconds)
+    batch = np.repeat(one, BATCH, 0)
+    opened = {n: runtimes.open_artifact(options.work / "artifact-fp16", n) for n in (1, 2)}
+    for session in opened.values():
+        session.run([one])  # from which it knows how much work a sample is
+    threads = {f"{n} threads": lambda s=session: s.run([batch]) for n, session in opened.items()}
+    row["batch"] = {"samples": BATCH, "sides": timed(threads, options.seconds)}
     print(row, flush=True)
     return row
 

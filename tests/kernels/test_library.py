@@ -155,6 +155,27 @@ def test_weights_that_are_multiples_of_a_step_take_a_byte(bits, tmp_path):
     assert sizes[0] - sizes[1] == pytest.approx(33 * 18 * (bits // 8 - 1), abs=300)
 
 
+def test_threads_share_samples_and_change_no_bit(network, tmp_path, monkeypatch):
+    write(described(network, SHAPE), tmp_path / "model.so")
+    one, three = (Opened(tmp_path / "model.so", (SHAPE, (3,)), threads) for threads in (1, 3))
+    x = np.random.default_rng(0).standard_normal((7, *SHAPE)).astype(np.float32)
+    three(x[:1])
+    assert len(three.memories) == 1 and 0 < three.sample_s < 1
+    monkeypatch.setattr("penjing.kernels.opened.LEAST_S", 1e-9)
+    for samples in (0, 1, 2, 3, 7):
+        np.testing.assert_array_equal(three(x[:samples]), one(x[:samples]))
+    assert len(three.memories) == 3 and len(one.memories) == 1
+
+
+def test_little_work_stays_on_one_thread(network, tmp_path, monkeypatch):
+    write(described(network, SHAPE), tmp_path / "model.so")
+    predict = Opened(tmp_path / "model.so", (SHAPE, (3,)), 2)
+    monkeypatch.setattr("penjing.kernels.opened.LEAST_S", 1e9)
+    for _ in range(2):
+        predict(np.zeros((50, *SHAPE), np.float32))
+    assert len(predict.memories) == 1
+
+
 def test_only_the_table_of_sections_is_left_out(network, tmp_path):
     write(described(network, SHAPE), tmp_path / "model.so", named("c"))
     written = (tmp_path / "model.so").read_bytes()

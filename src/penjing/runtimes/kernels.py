@@ -105,7 +105,7 @@ def _without_levels(network: Any) -> ExportError:
 
 
 class _Session:
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         path = folder / manifest.programs[0].files[0]
         trusted.check(path)
         from penjing.kernels.instruction_sets import named, runs_here
@@ -121,7 +121,7 @@ class _Session:
                 remedy="run `penjing compress` on this machine",
             )
         (given,), (answer,) = manifest.programs[0].inputs, manifest.programs[0].outputs
-        self.opened = Opened(path, (given.shape[1:], answer.shape[1:]))
+        self.opened = Opened(path, (given.shape[1:], answer.shape[1:]), threads)
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """One call."""
@@ -129,12 +129,12 @@ class _Session:
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
-    """Load model.so, if this user's Penjing wrote it or its hash is trusted; it runs on one thread.
+    """Load model.so, if this user's Penjing wrote it or its hash is trusted; threads share the samples of a batch.
 
     Raises:
         ArtifactError: It is another's machine code, or for another processor.
     """
-    return _Session(folder, manifest)
+    return _Session(folder, manifest, threads)
 
 
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:
