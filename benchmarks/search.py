@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 GOALS = {
-    "digits": "packed_bytes<=12KB, drop<=1%, minimize packed_bytes",
+    "digits": "packed_bytes<=10KB, drop<=1%, minimize packed_bytes",
     "resnet20": "packed_bytes<=80KB, drop<=0.5%, minimize packed_bytes",
 }
 MOST = 30  # trials of a method until it gives up

@@ -121,3 +121,41 @@ def test_out_of_reach_the_choice_that_comes_nearest_is_told_from_others():
     aim = Aim.of(Goal.parse("size_bytes<=1"), None)
     far, near = (promise(beliefs, aim, pruned(keep), 1000.0) for keep in (0.5, 0.2))
     assert far.worth < 1e-6 and near.worth < 1e-6 and far.excess > 2 * near.excess > 0
+
+
+def test_artifacts_share_a_law_and_deviate_from_it():
+    integers, floats = "onnxruntime-int8", "onnxruntime-fp32"
+    whole = {integers: INTEGERS, floats: Choice()}
+    seen = [Observation(choice=c, artifact=a, figures={"latency_ms": 1.0}) for a, c in whole.items()]
+    halved = pruned(0.5)
+    seen.append(Observation(choice=halved, artifact=integers, figures={"latency_ms": 0.98}))
+    beliefs = Beliefs(seen)
+    slow, fast = (beliefs.figure("latency_ms", pruned(0.25), a) for a in (integers, floats))
+    before = Beliefs(seen[:2]).figure("latency_ms", pruned(0.25), floats)
+    assert slow.value > fast.value > before.value  # a call's overhead was measured in one, and is likely in the other
+    assert slow.sd < fast.sd
+
+
+def test_a_drop_is_that_of_the_structure_and_that_of_the_integers():
+    structure, few = pruned(0.5, integers="none"), Choice(integers="rounded", weight_bits=4)
+    beliefs = Beliefs([seen(INTEGERS, drop=0.001), seen(few, drop=0.04), seen(structure, drop=0.01)])
+    both = pruned(0.5, integers="rounded", weight_bits=4)
+    parts = [beliefs.figure("drop", c, ARTIFACT).value for c in (structure, few)]
+    assert beliefs.figure("drop", both, ARTIFACT).value == pytest.approx(sum(parts))
+    unchanged = Beliefs([seen(Choice(), drop=0.0)])
+    assert unchanged.figure("drop", structure, ARTIFACT) == Beliefs([]).figure("drop", structure, ARTIFACT)
+
+
+def test_a_law_that_does_not_hold_is_believed_less():
+    near = [seen(pruned(k), drop=0.004 / k) for k in (0.8, 0.5, 0.3)]
+    scattered = [seen(pruned(k), drop=d) for k, d in ((0.8, 0.05), (0.5, 0.001), (0.3, 0.06))]
+    straight, crooked = (Beliefs(o).figure("drop", pruned(0.4), ARTIFACT) for o in (near, scattered))
+    assert crooked.sd > 2 * straight.sd
+
+
+def test_drops_that_samples_hardly_tell_apart_count_as_one():
+    aim = Aim.of(Goal.parse("drop<=1%, minimize size_bytes"), 0.5)
+    assert aim.floor == pytest.approx(0.2 * 0.02)
+    one, other = (Beliefs([seen(INTEGERS, drop=d)], aim.floor).figure("drop", INTEGERS, ARTIFACT) for d in (0, 0.004))
+    assert one == other
+    assert Aim.of(Goal.parse("maximize metric"), 0.5).floor == FLOOR

@@ -18,7 +18,7 @@ WHOLE = Space(
     epochs=EPOCHS,
     learning=Learning(labels=True),
     integers=INTEGERS,
-    weight_bits=(8, 4),
+    weight_bits=(8, 4, 3),
 )
 
 
@@ -38,6 +38,7 @@ def test_every_choice_is_a_recipe_in_a_valid_order(labels):
         (Choice(), []),
         (Choice(integers="corrected"), [quantize.Static, quantize.BiasCorrection]),
         (Choice(integers="rounded", weight_bits=4), [quantize.Static, quantize.CoordinateRounding]),
+        (Choice(integers="mixed", weight_bits=3), [quantize.MixedPrecision]),
         (Choice(epochs=1.0, integers="trained"), [quantize.Static, quantize.QAT]),
         (Choice(technique="channels", keep=0.5), [prune.Channels]),
         (Choice(technique="low rank", keep=0.5, epochs=2.0), [decompose.LowRank, Finetune]),

@@ -23,6 +23,8 @@ from penjing.runtimes.artifact import predictor
 from penjing.tasks.task import Task
 from penjing.tasks.witness import Witness
 
+READS = 3  # candidates that `evaluate` reads at most, where `select` chose
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
@@ -56,8 +58,8 @@ def judge(prepared: Prepared, timed: Timed) -> Judged:
     shown = {c.name: run.folder.read_state(f"shown-{c.name}") for c in timed.candidates}
     differs = questions.other_data(run, shown, looked_at)
     candidates = tuple(judged(c, goal, prepared.beside[looked_at], run.task) for c in timed.candidates)
-    artifact, verdict, last = final(prepared, goals.choose(goal, candidates), candidates)
-    verdict = doubted(verdict, (*prepared.doubts, differs, last))
+    artifact, verdict, last = final(prepared, candidates)
+    verdict = doubted(verdict, (*prepared.doubts, differs, *last))
     judged_all = Judged(timed=timed, candidates=candidates, verdict=verdict, artifact=artifact, zeros=None)
     gained = _zeros(prepared, judged_all.chosen)
     _tell_of_plan(prepared, judged_all.chosen)
@@ -81,35 +83,69 @@ def _drops(value: float | None, reference: float | None, higher_is_better: bool)
 
 
 def final(
-    prepared: Prepared, verdict: GoalResult, candidates: Sequence[Candidate]
-) -> tuple[Measured | None, GoalResult, Doubt | None]:
-    """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict.
+    prepared: Prepared, candidates: Sequence[Candidate]
+) -> tuple[Measured | None, GoalResult, tuple[Doubt | None, ...]]:
+    """The figures of the candidate that is chosen, and the verdict.
 
-    What it read for the verdict may be other data than for the source: a doubt.
+    Where `select` makes the choice, `evaluate` is read now for the verdict. A choice by samples can miss the goal on
+    others: then the next best on `select` is read, `READS` of them at most, and the first that meets the goal is
+    chosen; where none does, the one that comes nearest. What `evaluate` read may be other data than for the source:
+    doubts.
     """
-    run, goal = prepared.run, prepared.order.goal
-    chosen = next((c for c in candidates if c.name == verdict.chosen), None)
-    if chosen is None:
-        return None, verdict, None
-    if prepared.looked_at == "evaluate" or run.task.evaluate is None:
-        return chosen.measured, verdict, None
-    value = run.folder.read_state("verdict")
+    first = verdict = goals.choose(prepared.order.goal, candidates)
+    named = {c.name: c for c in candidates}
+    if verdict.chosen is None:
+        return None, verdict, ()
+    if prepared.looked_at == "evaluate" or prepared.run.task.evaluate is None:
+        return named[verdict.chosen].measured, verdict, ()
+    read: list[Candidate] = []
+    doubts = []
+    while verdict.chosen is not None and (verdict.met or not read) and len(read) < READS:
+        candidate, doubt = _evaluated(prepared, named[verdict.chosen])
+        read.append(candidate)
+        doubts.append(doubt)
+        if candidate.met:
+            break
+        verdict = goals.choose(prepared.order.goal, [c for c in candidates if c.name not in {r.name for r in read}])
+    best = goals.choose(prepared.order.goal, read).chosen
+    chosen = next((c for c in read if c.name == best), read[0])
+    return (
+        chosen.measured,
+        replace(first, chosen=chosen.name, met=chosen.met, reason=_why(first, chosen, read)),
+        (*doubts,),
+    )
+
+
+def _evaluated(prepared: Prepared, candidate: Candidate) -> tuple[Candidate, Doubt | None]:
+    """A candidate as `evaluate` sees it, and what makes that doubtful."""
+    run, name = prepared.run, candidate.name
+    assert run.task.evaluate is not None
+    value = run.folder.read_state(f"verdict-{name}")
     if value is None:
-        with run.costing(f"verdict on {chosen.name}"):
-            folder = run.folder.path / chosen.folder
+        with run.costing(f"verdict on {name}"):
+            folder = run.folder.path / candidate.folder
             session = isolated.open_artifact(folder, run.threads)
             witness = Witness(predictor(session, read_manifest(folder)))
-            value = metric_of(run.task.evaluate, witness, chosen.name)
-            run.folder.write_state("shown-verdict", witness.shown)
-        run.folder.write_state("verdict", value)
-    doubt = questions.other_data(run, {chosen.name: run.folder.read_state("shown-verdict")}, "evaluate")
-    measured = replace(chosen.measured, metric=value)
-    drop, relative = _drops(value, prepared.beside["evaluate"], run.task.higher_is_better)
-    met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
-    if not met:
-        how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
-        reason = f"{chosen.name} {how}: {reason}"
-    return measured, replace(verdict, met=met, reason=reason), doubt
+            value = metric_of(run.task.evaluate, witness, name)
+            run.folder.write_state(f"shown-verdict-{name}", witness.shown)
+        run.folder.write_state(f"verdict-{name}", value)
+    doubt = questions.other_data(run, {name: run.folder.read_state(f"shown-verdict-{name}")}, "evaluate")
+    measured = replace(candidate.measured, metric=value)
+    return judged(
+        replace(candidate, measured=measured), prepared.order.goal, prepared.beside["evaluate"], run.task
+    ), doubt
+
+
+def _why(first: GoalResult, chosen: Candidate, read: Sequence[Candidate]) -> str:
+    """The reason of a verdict on what `evaluate` read."""
+    others = [f"{c.name} met it on Task.select alone: {c.reason}" for c in read if c.name != chosen.name]
+    if chosen.met:
+        reason = f"{chosen.name}: {chosen.reason}"
+    elif first.met:
+        reason = f"{chosen.name} meets the goal on Task.select alone: {chosen.reason}"
+    else:
+        reason = f"{chosen.name} comes nearest, and no candidate meets the goal: {chosen.reason}"
+    return "; ".join([reason, *others])
 
 
 def doubted(verdict: GoalResult, doubts: Iterable[Doubt | None]) -> GoalResult:

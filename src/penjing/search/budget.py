@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from penjing.search.choice import Choice
 
 LATE = 1.1  # times the minutes: then a trial is broken off
+MIXING = 4.0  # times the seconds of a plain trial: a guess for bits of its own for every layer
 FIRST_S = 10.0  # a guess for a trial without training, as long as none was seen
 AT_LEAST_S = 5.0  # for choosing and writing, beside what was measured
 
@@ -68,19 +69,21 @@ class Paces:
         plain: Of one that changes neither structure nor weights.
         structure: That a structural edit adds.
         rounding: That searching the rounding adds.
+        mixing: That bits of its own for every layer add.
         epoch: Of a pass over the data that trains; of half a pass with few epochs the half.
     """
 
     plain: float
     structure: float
     rounding: float
+    mixing: float
     epoch: float
 
     def seconds(self, choice: Choice) -> float:
         """What a trial is expected to take."""
         trained = self.epoch * choice.epochs
-        rounding = self.rounding if choice.integers == "rounded" else 0.0
-        return self.plain + trained + rounding + (self.structure if choice.structural else 0.0)
+        integers = {"rounded": self.rounding, "mixed": self.mixing}.get(choice.integers, 0.0)
+        return self.plain + trained + integers + (self.structure if choice.structural else 0.0)
 
 
 def paces(seen: Sequence[tuple[Choice, float]], epoch: float) -> Paces:
@@ -92,10 +95,11 @@ def paces(seen: Sequence[tuple[Choice, float]], epoch: float) -> Paces:
     """
     plain = min((s for c, s in seen if not c.structural and not c.epochs), default=FIRST_S)
     rounding = _median([s - plain for c, s in seen if c.integers == "rounded" and not c.structural], plain)
+    mixing = _median([s - plain for c, s in seen if c.integers == "mixed" and not c.structural], MIXING * plain)
     structure = _median([s - plain for c, s in seen if c.structural and not c.epochs], plain)
-    known = Paces(plain=plain, structure=structure, rounding=rounding, epoch=0.0)
+    known = Paces(plain=plain, structure=structure, rounding=rounding, mixing=mixing, epoch=0.0)
     per_epoch = [(s - known.seconds(c)) / c.epochs for c, s in seen if c.epochs]
-    return Paces(plain=plain, structure=structure, rounding=rounding, epoch=_median(per_epoch, epoch))
+    return replace(known, epoch=_median(per_epoch, epoch))
 
 
 def _median(values: list[float], otherwise: float) -> float:

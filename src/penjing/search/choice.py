@@ -15,9 +15,10 @@ from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
 
 Technique = Literal["none", "channels", "low rank"]
-Integers = Literal["none", "corrected", "rounded", "trained"]
+Integers = Literal["none", "corrected", "rounded", "mixed", "trained"]
 TECHNIQUES: tuple[Technique, ...] = ("none", "channels", "low rank")
-INTEGERS: tuple[Integers, ...] = ("none", "corrected", "rounded", "trained")
+INTEGERS: tuple[Integers, ...] = ("none", "corrected", "rounded", "mixed", "trained")
+WIDTHS = (8, 4, 3, 2)  # bits that layers are given where they have a mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,9 @@ class Choice:
         keep: The fraction of the multiply-accumulates that the technique keeps; 1 with "none".
         blocks: Residual blocks that are removed before.
         epochs: Passes over the data that trains; 0 trains nothing.
-        integers: How they are made: not at all, with biases corrected, with the rounding of every weight searched, or
-            by quantization-aware training.
-        weight_bits: Bits of the integers of weights.
+        integers: How they are made: not at all, with biases corrected, with the rounding of every weight searched, with
+            bits of its own for every layer, or by quantization-aware training.
+        weight_bits: Bits of the integers of weights; their mean with "mixed".
     """
 
     technique: Technique = "none"
@@ -122,5 +123,7 @@ def recipe(choice: Choice, learning: Learning) -> Recipe:
 def _integers(choice: Choice) -> list[Step]:
     if choice.integers == "none":
         return []
+    if choice.integers == "mixed":
+        return [quantize.MixedPrecision(average_bits=choice.weight_bits, weight_bits=WIDTHS, floats=False)]
     static, *after = default_recipe(rounding=choice.integers == "rounded")
     return [replace(static, weight_bits=choice.weight_bits), *after]  # type: ignore[type-var]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from penjing.errors import PenjingError, RecordError
 from penjing.goals import goal as goals
 from penjing.pipeline.delivery import deliver as deliver_all
-from penjing.pipeline.judging import judge, judged
+from penjing.pipeline.judging import READS, final, judge, judged
 from penjing.pipeline.prepare import Prepared
 from penjing.pipeline.timing import Timed, measure_all
 from penjing.records import Candidate, Record
@@ -34,9 +34,11 @@ class Searched:
 
 
 def expected_seconds(prepared: Prepared, trials: Sequence[Trial]) -> float:
-    """Seconds that the end will take: finalists are timed, the chosen one is read once more and written."""
+    """Seconds that the end will take: finalists are timed, some read by `evaluate`, the chosen one is written."""
     artifacts = min(FINALISTS, sum(len(t.outcome.candidates) for t in trials)) + 1
-    return 5.0 + artifacts * (prepared.order.bench.seconds + START_S)
+    reads = READS if prepared.looked_at == "select" else 0
+    reading = next((cost.wall_s for cost in prepared.run.costs if cost.name == "evaluate source"), 0.0)
+    return 5.0 + artifacts * (prepared.order.bench.seconds + START_S) + reads * reading
 
 
 def failed(trials: Sequence[Trial]) -> PenjingError:
@@ -61,7 +63,7 @@ def deliver(prepared: Prepared, searched: Searched) -> Record:
         for trial, candidate in finalists:
             _bring(prepared, trial, candidate)
         timed = measure_all(prepared, [candidate for _, candidate in finalists])
-    verdict = goals.choose(prepared.order.goal, _judged(prepared, timed))
+    _, verdict, _ = final(prepared, _judged(prepared, timed))
     trial = next(t for t, c in finalists if c.name == verdict.chosen)
     chosen = prepared_for(prepared, trial, searched)
     rows = replace(searched.rows, chosen=trial.number)

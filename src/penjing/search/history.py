@@ -11,7 +11,7 @@ from penjing.goals.goal import Goal
 from penjing.pipeline.building import INTEGER
 from penjing.records import Candidate
 from penjing.records.search import SearchRow, TrialRow
-from penjing.search.beliefs import Beliefs, Observation
+from penjing.search.beliefs import USUAL_EPOCHS, Beliefs, Observation
 from penjing.search.choice import Choice
 from penjing.search.failures import Failures
 from penjing.search.promise import Aim, as_floats
@@ -57,8 +57,8 @@ class Trial:
 class History:
     """Trials that ended, in the order of their numbers."""
 
-    def __init__(self, goal: Goal, aim: Aim) -> None:
-        self.goal, self.aim = goal, aim
+    def __init__(self, goal: Goal, aim: Aim, usual: float = USUAL_EPOCHS) -> None:
+        self.goal, self.aim, self.usual = goal, aim, usual
         self.trials: list[Trial] = []
 
     def add(self, trial: Trial) -> None:
@@ -75,9 +75,14 @@ class History:
         return min(values) if self.aim.sign > 0 else max(values)
 
     @property
+    def met(self) -> bool:
+        """Whether an artifact meets the goal."""
+        return any(c.met for t in self.trials for c in t.offered)
+
+    @property
     def excess(self) -> float:
         """How far beyond the limits the nearest artifact is; 0 where one meets the goal."""
-        if any(c.met for t in self.trials for c in t.offered):
+        if self.met:
             return 0.0
         return min((self.aim.excess(o.figures) for t in self.trials for o in self._observed(t)), default=0.0)
 
@@ -93,9 +98,9 @@ class History:
 
     def beliefs(self, running: Iterable[Choice] = ()) -> Beliefs:
         """What is to be expected; trials in progress count as if they gave what is expected of them."""
-        known = Beliefs([o for t in self.trials for o in self._observed(t)])
+        known = Beliefs([o for t in self.trials for o in self._observed(t)], self.aim.floor, self.usual)
         imagined = [o for choice in running for o in known.imagined(choice)]
-        return Beliefs([*known.observations, *imagined]) if imagined else known
+        return Beliefs([*known.observations, *imagined], self.aim.floor, self.usual) if imagined else known
 
     def _observed(self, trial: Trial) -> list[Observation]:
         """The artifacts of a trial; latencies as if the source took what it took in the first trial."""
@@ -128,7 +133,7 @@ class History:
             training=outcome.choice.epochs > 0,
             began_s=round(trial.begun.began_s, 1),
             seconds=outcome.seconds,
-            predicted=trial.begun.predicted,
+            predicted=trial.begun.predicted.get(best.name, {}) if best else {},
             measured={n: v for n, v in goals.figures(best).items() if v is not None} if best else {},
             best=best.name if best else "",
             met=best is not None and best.met,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from penjing.goals.goal import Goal
@@ -13,7 +13,7 @@ from penjing.records.figures import FIGURES
 from penjing.search.beliefs import FLOOR, Beliefs, Believed
 from penjing.search.choice import Choice
 
-_SHOWN = ("latency_ms", "size_bytes", "packed_bytes", "drop")
+BELOW = 0.2  # of a limit: drops below that are not told apart, as samples hardly do
 _OF_METRIC = ("metric", "drop", "relative_drop")
 
 
@@ -27,7 +27,6 @@ class Promise:
         meets: The probability that it keeps every limit.
         artifact: Runtime and precision: "openvino-int8".
         excess: How far beyond the limits it is expected to be, as `Aim.excess` counts it.
-        figures: Predicted there, medians in their own units; `drop` in the metric's own unit.
     """
 
     choice: Choice
@@ -35,7 +34,6 @@ class Promise:
     meets: float
     artifact: str
     excess: float
-    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +66,12 @@ class Aim:
         """What drops are relative to."""
         return abs(self.metric or 0.0) or 1.0
 
+    @property
+    def floor(self) -> float:
+        """The drop below which drops are not told apart."""
+        limits = [bound for figure, op, bound in self.limits if figure == "drop" and op == "<="]
+        return max(FLOOR, BELOW * min(limits, default=0.0))
+
     def excess(self, figures: Mapping[str, float]) -> float:
         """How far figures are beyond the limits: shares of the limits, added. One that is missing counts as within."""
         shares = [(figures[f] / bound - 1) * (1 if op == "<=" else -1) for f, op, bound in self.limits if f in figures]
@@ -76,7 +80,7 @@ class Aim:
     def value(self, candidate: Candidate) -> float | None:
         """The objective of a candidate that was measured, in the unit that beliefs have."""
         value = FIGURES[self.objective].of(candidate)
-        return max(value / self.scale, FLOOR) if value is not None and self.objective == "drop" else value
+        return max(value / self.scale, self.floor) if value is not None and self.objective == "drop" else value
 
 
 def _modelled(figure: str, op: str, value: float, metric: float | None) -> tuple[str, str, float]:
@@ -105,20 +109,13 @@ def promises(beliefs: Beliefs, aim: Aim, choices: Iterable[Choice], best: float)
 def promise(beliefs: Beliefs, aim: Aim, choice: Choice, best: float) -> Promise | None:
     """What one choice is worth; None where nothing is known of any artifact of it."""
     of_artifacts = []
-    for artifact in beliefs.artifacts:
-        integers = artifact.partition("-")[2] in INTEGER or any(artifact.endswith(f"-{word}") for word in INTEGER)
-        if integers and choice.integers == "none":
-            continue
-        seen = choice if integers else as_floats(choice)
+    for artifact, seen in _artifacts(beliefs, choice):
         objective = beliefs.figure(aim.objective, seen, artifact)
         if objective is None:
             continue
         aimed = objective if aim.sign > 0 else Believed(-objective.mean, objective.sd)
         gain = aimed.improvement(best if aim.sign > 0 else 1 / best)
         meets = math.prod(_kept(beliefs, limit, seen, artifact) for limit in aim.limits)
-        figures = {name: b.value for name in _SHOWN if (b := beliefs.figure(name, seen, artifact)) is not None}
-        if "drop" in figures:
-            figures["drop"] *= aim.scale
         bounded = {name: b.value for name, _, _ in aim.limits if (b := beliefs.figure(name, seen, artifact))}
         of_artifacts.append(
             Promise(
@@ -127,10 +124,23 @@ def promise(beliefs: Beliefs, aim: Aim, choice: Choice, best: float) -> Promise 
                 meets=meets,
                 artifact=artifact,
                 excess=aim.excess(bounded),
-                figures=figures,
             )
         )
     return max(of_artifacts, key=lambda p: (p.worth, -p.excess), default=None)
+
+
+def expected(beliefs: Beliefs, aim: Aim, choice: Choice) -> dict[str, dict[str, float]]:
+    """Medians of what every artifact of a choice will be, in their own units; `drop` in the metric's own unit."""
+    return {artifact: beliefs.figures(seen, artifact, aim.scale) for artifact, seen in _artifacts(beliefs, choice)}
+
+
+def _artifacts(beliefs: Beliefs, choice: Choice) -> Iterator[tuple[str, Choice]]:
+    """The artifacts that a choice gives, each with what of the choice is in it."""
+    for artifact in beliefs.artifacts:
+        if not any(artifact.endswith(f"-{word}") for word in INTEGER):
+            yield artifact, as_floats(choice)
+        elif choice.integers != "none":
+            yield artifact, choice
 
 
 def _kept(beliefs: Beliefs, limit: tuple[str, str, float], choice: Choice, artifact: str) -> float:

@@ -26,7 +26,7 @@ from penjing.search.choice import Choice
 from penjing.search.cluster import OnRay
 from penjing.search.history import History, Trial
 from penjing.search.probing import epoch_seconds
-from penjing.search.promise import Aim, promise, promises
+from penjing.search.promise import Aim, Promise, expected, promises
 from penjing.search.space import space
 from penjing.search.study import Study
 from penjing.search.trial import Begun
@@ -35,6 +35,7 @@ from penjing.tasks.task import calibration_calls
 
 FIRST_LOOKS = 0.3  # of the time: for trials without training
 WORTH = 0.01  # an improvement below this share of the objective is none
+LIKELY = 0.02  # a smaller probability of meeting the goal is none
 NEARER = 0.05  # of the distance to limits that nothing keeps: what is expected to save less is not tried for it
 PATIENCE = 2  # choices in a row that promise less: then the search has converged
 SUGGESTED = 24  # choices that Optuna's sampler adds to those of the space
@@ -122,7 +123,7 @@ class Search:
         self.events, self.goal = prepared.run.events, prepared.order.goal
         self.space = space(prepared)
         self.aim = Aim.of(self.goal, prepared.beside[prepared.looked_at])
-        self.history = History(self.goal, self.aim)
+        self.history = History(self.goal, self.aim, self.space.usual_epochs)
         self.folder = prepared.run.folder.path / SEARCH
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         asked = {
@@ -194,9 +195,11 @@ class Search:
         return path.read_text()
 
     def _first_looks(self) -> list[Choice]:
-        """The network as it is, its integers, and a few structures without training."""
+        """The network as it is, its integers, a few structures without training, and integers of few bits."""
         first = [Choice(), Choice(integers="rounded" if "rounded" in self.space.integers else "none")]
-        return list(dict.fromkeys([*first, *self.space.structures()]))
+        few = [replace(first[1], weight_bits=bits) for bits in self.space.weight_bits[1:]]
+        packed = any(figure == "packed_bytes" for figure, _ in self._axes())  # runtimes store them in 8 bits
+        return list(dict.fromkeys([*first, *(few if packed else []), *self.space.structures()]))
 
     def _tell_plan(self) -> None:
         """What is tried first, and how long each takes, before it begins."""
@@ -244,7 +247,9 @@ class Search:
         ranked = promises(self.history.beliefs(self.running.values()), self.aim, affordable, self.history.best)
         if not ranked:
             return None, "nothing is known that could be improved"
-        best = max(ranked, key=lambda p: p.worth / (FIXED_S + pace.seconds(p.choice)) ** CHEAPER)
+        best = max(ranked, key=lambda p: self._value(p) / (FIXED_S + pace.seconds(p.choice)) ** CHEAPER)
+        if not self.history.met and self._value(best) >= LIKELY:
+            return best.choice, ""
         near, beyond = min(ranked, key=lambda p: p.excess), self.history.excess
         if ranked[0].worth < WORTH and math.log((1 + beyond) / (1 + near.excess)) > NEARER:
             return near.choice, ""  # the goal is out of reach: at least nearer to it
@@ -252,6 +257,10 @@ class Search:
         if self.poor >= PATIENCE:
             return None, f"converged: no choice promises more than {WORTH:.0%} of the objective"
         return best.choice, ""
+
+    def _value(self, promised: Promise) -> float:
+        """What a trial is wanted for: an artifact that meets the goal, and then a better one."""
+        return promised.worth if self.history.met else promised.meets
 
     def _has_begun(self) -> bool:
         """Whether there is an artifact, or one is being made: short minutes give the network as it is."""
@@ -264,11 +273,10 @@ class Search:
         """Begin a trial, or go on with one that was interrupted."""
         place = self._place(number)
         known = self.history.beliefs(self.running.values())
-        promised = promise(known, self.aim, choice, self.history.best) if self.history.trials else None
-        Begun(began_s=self.clock.spent, predicted=dict(promised.figures) if promised else {}).write(place)
+        Begun(began_s=self.clock.spent, predicted=expected(known, self.aim, choice)).write(place)
         left = None if self.clock.minutes is None else round(self.clock.left)
-        expected = round(self._paces().seconds(choice))
-        self.events("trial", number=number, words=choice.words(), expected_s=expected, left_s=left)
+        seconds = round(self._paces().seconds(choice))
+        self.events("trial", number=number, words=choice.words(), expected_s=seconds, left_s=left)
         self.running[number] = choice
         self.workers.submit(number, choice, self.space.learning, place)
 
@@ -286,7 +294,8 @@ class Search:
         self.prepared.run.folder.write_state("search-seconds", self.clock.spent)
         self.events(
             "tried", number=number, words=outcome.choice.words(), met=best is not None and best.met,
-            figures={n: v for n, v in (figures or {}).items() if v is not None}, predicted=trial.begun.predicted,
+            figures={n: v for n, v in (figures or {}).items() if v is not None},
+            predicted=trial.begun.predicted.get(best.name, {}) if best is not None else {},
             failure=trial.failure, seconds=outcome.seconds,
         )  # fmt: skip
 

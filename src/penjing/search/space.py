@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -14,13 +15,16 @@ from penjing.decompose.eligible import eligible
 from penjing.errors import PenjingError
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.prepare import Prepared
+from penjing.search.beliefs import USUAL_EPOCHS
 from penjing.search.choice import INTEGERS, Choice, Integers, Learning, Technique
 from penjing.steps.draft import Draft
 from penjing.tasks.call import Call
 
 KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)
-EPOCHS = (0.5, 1.0, 2.0, 4.0, 8.0)
-FEW_BITS = (8, 4)
+EPOCHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # where a pass has USUAL_STEPS or more; of less data, more passes
+USUAL_STEPS = 200
+MOST_TIMES = 8  # so many passes, lest a few samples are learned by heart
+FEW_BITS = (8, 4, 3)
 METHODS = ("svd", "tucker")
 DEEPEST = 0.4  # of all blocks are removed at most
 
@@ -47,6 +51,11 @@ class Space:
     weight_bits: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def usual_epochs(self) -> float:
+        """The length of training that is usual for this data."""
+        return USUAL_EPOCHS * self.epochs[0] / EPOCHS[0] if self.epochs else USUAL_EPOCHS
+
     def __iter__(self) -> Iterator[Choice]:
         """Every choice, in a fixed order."""
         structures: list[tuple[Technique, float]] = [("none", 1.0)]
@@ -68,7 +77,9 @@ class Space:
             return False
         if choice.epochs and not choice.structural and choice.integers != "trained":
             return False  # nothing was changed that a training could mend
-        return choice.weight_bits == 8 or choice.integers in ("rounded", "trained")
+        if choice.weight_bits == 8:
+            return choice.integers != "mixed"
+        return choice.integers in ("rounded", "mixed", "trained")
 
     def structures(self) -> Iterator[Choice]:
         """Structures without training, few and far apart: what trials in seconds look at first."""
@@ -100,7 +111,7 @@ def space(prepared: Prepared) -> Space:
         notes.append(f"no layer becomes a product of smaller ones: {error.what}")
     deepest = int(DEEPEST * removable_blocks(run.network, call)) if task.calibration is not None else 0
     labels = task.train is not None and task.loss is not None
-    trains = labels or task.calibration is not None
+    data = task.train if labels else task.calibration
     if not labels:
         notes.append("the task has no labelled training data: trainings imitate the source's outputs")
     integers: tuple[Integers, ...] = ("none",)
@@ -108,16 +119,27 @@ def space(prepared: Prepared) -> Space:
     if task.calibration is None:
         notes.append("the task has no calibration data: nothing becomes integers")
     elif precisions & set(INTEGER):
-        integers = INTEGERS if trains else INTEGERS[:3]
+        integers = INTEGERS if data is not None else INTEGERS[:-1]
     return Space(
         techniques=tuple(techniques),
         blocks=tuple(dict.fromkeys((0, deepest // 2, deepest))),
-        epochs=EPOCHS if trains else (),
+        epochs=() if data is None else lengths(data),
         learning=_learning(run.network, labels),
         integers=integers,
         weight_bits=FEW_BITS if len(integers) > 1 else FEW_BITS[:1],
         notes=tuple(notes),
     )
+
+
+def lengths(data: Iterable[object]) -> tuple[float, ...]:
+    """Passes over data that trains: as many more, in powers of two, as a pass has fewer steps than is usual.
+
+    >>> lengths(range(215)), lengths(range(18))
+    ((0.5, 1.0, 2.0, 4.0, 8.0), (4.0, 8.0, 16.0, 32.0, 64.0))
+    """
+    steps = len(data) if isinstance(data, Sized) else USUAL_STEPS
+    more = 2 ** max(0, math.floor(math.log2(USUAL_STEPS / max(1, steps))))
+    return tuple(min(MOST_TIMES, more) * epochs for epochs in EPOCHS)
 
 
 def removable_blocks(network: fx.GraphModule, call: Call) -> int:

@@ -58,11 +58,11 @@ class Begun:
 
     Attributes:
         began_s: Seconds from the beginning of the search.
-        predicted: Figures that were expected, by name.
+        predicted: Figures that were expected of every artifact, by its name and theirs.
     """
 
     began_s: float = 0.0
-    predicted: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Keep it in the trial's folder, unless it was begun before."""
