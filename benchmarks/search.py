@@ -9,13 +9,15 @@ not, by the search and by Optuna's TPE and NSGA-II from scratch, several seeds; 
 choices, against the source's figures as the reference point. `resume`: the process is killed at random moments, again
 and again, and resumed; the artifact's hash is compared with that of a search that nobody disturbed. `cluster`: trials
 per minute with one and with two processes of a local Ray cluster, single-threaded. `headline`: ``penjing compress``
-on ResNet-20 with a drop of at most 0.5 points, within --minutes.
+on ResNet-20 within --minutes: the fewest packed bytes with a drop of at most 0.5 points that are ten times faster than
+torch and 1.3 times faster than NNCF's INT8 in OpenVINO; both are timed before, for the goal, and beside it after.
 
 What is in --folder already is not run again.
 """
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -239,11 +241,42 @@ def part_cluster(name: str, folder: Path) -> dict:
     return rows | {"ratio": rows[2]["per_minute"] / rows[1]["per_minute"]}
 
 
+def eager_ms(network, x, seconds: float = 3.0) -> float:
+    """Median latency of a network in torch, without gradients."""
+    import torch
+
+    times, end = [], time.monotonic() + seconds
+    with torch.no_grad():
+        while time.monotonic() < end:
+            start = time.perf_counter()
+            network(x)
+            times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
 def part_headline(folder: Path, minutes: float) -> dict:
-    """ResNet-20 on Fashion-MNIST: what a goal alone gives."""
-    out = folder / "headline"
+    """ResNet-20 on Fashion-MNIST: what a goal alone gives, next to torch and to NNCF's INT8 in OpenVINO."""
+    import mixed_precision
+    import torch
+
+    from penjing import measure
+
+    threads = measure.machine(1).cores
+    mixed_precision.THREADS = threads
+    torch.set_num_threads(threads)
+    network, task = source("resnet20")
+    out, nncf = folder / "headline", folder / "nncf"
+    x = task.call()[0][0][:1]
+
+    def timed(*places: Path) -> dict:
+        targets = [measure.Target(place.name, place, [x.numpy()], 1) for place in places]
+        return measure.compare(targets, threads=threads, seconds=3.0, rounds=15, opener="mixed_precision:open_folder")
+
+    if not (nncf / "model.xml").exists():
+        mixed_precision.peer(network, torch.cat(list(task.calibration)), nncf)
     if not (out / "record.json").exists():
-        goal = "minimize latency_ms, drop<=0.5%"
+        fastest = min(eager_ms(network, x) / 10, timed(nncf)["nncf"].latency.median / 1.3)
+        goal = f"minimize packed_bytes, latency_ms<={fastest:.2g}, drop<=0.5%"
         command = compress_command("resnet20", goal, out, "--minutes", str(minutes), "--resume")
         command[command.index("onnxruntime")] = "onnxruntime,openvino"
         start = time.monotonic()
@@ -251,14 +284,25 @@ def part_headline(folder: Path, minutes: float) -> dict:
         (out / "wall.json").write_text(json.dumps({"seconds": time.monotonic() - start, "exit": code}))
     record = json.loads((out / "record.json").read_text())
     artifact, before = record["artifact"], record["source"]
+    both = timed(out / "artifact", nncf)
     return {
+        "goal": record["goal"]["text"],
         "met": record["goal"]["met"],
         "reason": record["goal"]["reason"],
         "speedup": before["latency_ms"]["median"] / artifact["latency_ms"]["median"],
+        "speedup_over_nncf": measure.ratio(both["nncf"], both["artifact"]),
+        "latency_ms": {name: vars(timing.latency) for name, timing in both.items()},
         "smaller_packed": before["packed_bytes"] / artifact["packed_bytes"],
         "smaller_than_raw": before["size_bytes"] / artifact["packed_bytes"],
+        "packed_bytes": {
+            "source": before["packed_bytes"],
+            "artifact": artifact["packed_bytes"],
+            "nncf": measure.packed_bytes([nncf / "model.xml", nncf / "model.bin"]),
+        },
         "metric": [before["metric"], artifact["metric"]],
+        "metric_nncf": mixed_precision.judged(nncf, task, network)["metric"],
         "trials": [[r["words"], r["seconds"], r["measured"], r["predicted"]] for r in record["search"]["trials"]],
+        "chosen": record["search"]["chosen"],
         "stopped": record["search"]["stopped"],
         "minutes": minutes,
     } | json.loads((out / "wall.json").read_text())
@@ -278,6 +322,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of the headline")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/search.json")
     arguments = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     arguments.folder.mkdir(parents=True, exist_ok=True)
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     name, folder = arguments.network, arguments.folder

@@ -237,10 +237,14 @@ def search_headline() -> str:
         cells = [both("latency_ms", "ms", 1), both("packed_bytes", "kB", 1e-3), both("drop", "points", 100)]
         lines.append(f"| {words} | {' | '.join(cells)} | {seconds:.0f} |")
     before, after = rows["metric"]
+    sizes = rows["packed_bytes"]
     note = (
-        f"{rows['speedup']:.1f}x faster than torch, {rows['smaller_than_raw']:.1f}x fewer bytes packed than weights, "
-        f"accuracy {before:.2%} to {after:.2%}; {rows['seconds'] / 60:.0f} of {rows['minutes']:g} minutes, "
-        f"{rows['stopped']}; the goal was {'met' if rows['met'] else 'missed: ' + rows['reason']}; "
+        f"Goal: `{rows['goal']}`, {'met' if rows['met'] else 'missed: ' + rows['reason']}. "
+        f"{rows['speedup']:.1f}x faster than torch, {rows['speedup_over_nncf']:.2f}x than NNCF's INT8 in OpenVINO; "
+        f"{sizes['artifact'] / 1e3:.1f} kB packed, {rows['smaller_than_raw']:.1f}x fewer bytes than the weights "
+        f"(NNCF: {sizes['nncf'] / 1e3:.0f} kB); accuracy {before:.2%} to {after:.2%} (NNCF: "
+        f"{rows['metric_nncf']:.2%}). "
+        f"{rows['seconds'] / 60:.0f} of {rows['minutes']:g} minutes, {rows['stopped']}. "
     )
     return _under(lines, data, note)
 

@@ -26,7 +26,7 @@ USUAL_STEPS = 200
 MOST_TIMES = 8  # so many passes, lest a few samples are learned by heart
 FEW_BITS = (8, 4, 3)
 METHODS = ("svd", "tucker")
-DEEPEST = 0.4  # of all blocks are removed at most
+DEEPEST = 0.5  # of all blocks are removed at most
 
 
 @dataclass(frozen=True, kw_only=True)
