@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from penjing.records.figures import FIGURES
@@ -29,18 +29,20 @@ def lines(event: Mapping[str, Any]) -> Iterator[str]:
     elif event["failure"]:
         yield f"          failed: {event['failure'][:200]}"
     else:
-        yield f"          {figures(event['figures'])}{', meets the goal' if event['met'] else ''}"
+        yield f"          {figures(event['figures'], event['asked'])}{', meets the goal' if event['met'] else ''}"
         if expected := {n: v for n, v in event["predicted"].items() if n in event["figures"]}:
-            yield f"          (expected: {figures(expected)})"
+            yield f"          (expected: {figures(expected, event['asked'])})"
 
 
-def figures(values: Mapping[str, float]) -> str:
-    """The figures that people look at, in words.
+def figures(values: Mapping[str, float], asked: Sequence[str] = ()) -> str:
+    """The figures that people look at, and those that the goal names, in words.
 
     >>> figures({"size_bytes": 5680.0, "drop": 0.006})
     'size_bytes 5.68 kB, drop 0.60 %'
     """
-    shown = [f"{n} {numbers.figure(values[n], FIGURES[n].unit)}" for n in SHOWN if n in values]
+    shown = [
+        f"{n} {numbers.figure(values[n], FIGURES[n].unit)}" for n in dict.fromkeys([*SHOWN, *asked]) if n in values
+    ]
     return ", ".join(shown) or "nothing was measured"
 
 

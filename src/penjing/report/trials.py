@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penjing import records
+from penjing.goals.text import of_the_metric
 from penjing.records.figures import FIGURES
 from penjing.records.search import TrialRow
 from penjing.report import arithmetic, numbers
@@ -56,14 +57,15 @@ def of(record: records.Record) -> Trials | None:
     search = record.search
     if search is None:
         return None
-    names = [name for name in SHOWN if any(name in row.measured for row in search.trials)]
+    asked = [name for name in (search.objective, *(m.figure for m in record.goal.limits)) if not of_the_metric(name)]
+    names = [name for name in dict.fromkeys([*SHOWN, *asked]) if any(name in row.measured for row in search.trials)]
     whole = max((row.began_s + row.seconds for row in search.trials), default=0.0) or 1.0
     seconds = sum(row.seconds for row in search.trials) or 1.0
     return Trials(
         lines=tuple(_line(record, row, names, whole) for row in search.trials),
         titles=tuple(FIGURES[name].label.lower() for name in names),
         plots=tuple(p for p in (_plot(record, names, 1000, 460), _plot(record, names, 350, 400)) if p),
-        errors=_errors(search.trials),
+        errors=_errors(search.trials, names),
         training=sum(row.seconds for row in search.trials if row.training) / seconds,
     )
 
@@ -119,10 +121,10 @@ def _plot(record: records.Record, names: list[str], width: int, height: int) -> 
     return lay_out(points, measure.scales([p.y for p in points], f"{figure.label.lower()}, {unit}"), (), width, height)
 
 
-def _errors(trials: tuple[TrialRow, ...]) -> str:
+def _errors(trials: tuple[TrialRow, ...], names: list[str]) -> str:
     """For example "latency 4 %, size on disk 2 %"."""
     parts = []
-    for name in SHOWN:
+    for name in names:
         off = sorted(
             abs(row.measured[name] / row.predicted[name] - 1)
             for row in trials

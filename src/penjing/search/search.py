@@ -296,7 +296,7 @@ class Search:
             "tried", number=number, words=outcome.choice.words(), met=best is not None and best.met,
             figures={n: v for n, v in (figures or {}).items() if v is not None},
             predicted=trial.begun.predicted.get(best.name, {}) if best is not None else {},
-            failure=trial.failure, seconds=outcome.seconds,
+            failure=trial.failure, seconds=outcome.seconds, asked=[figure for figure, _ in self._axes()],
         )  # fmt: skip
 
     def _add(self, trial: Trial) -> None:
