@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penjing import records
-from penjing.goals.text import of_the_metric
 from penjing.records.figures import FIGURES
 from penjing.records.search import TrialRow
 from penjing.report import arithmetic, numbers
@@ -57,7 +56,8 @@ def of(record: records.Record) -> Trials | None:
     search = record.search
     if search is None:
         return None
-    asked = [name for name in (search.objective, *(m.figure for m in record.goal.limits)) if not of_the_metric(name)]
+    named = (search.objective, *(limit.figure for limit in record.goal.limits))
+    asked = [name for name in named if FIGURES[name].unit not in ("metric", "%")]  # drops have their own column
     names = [name for name in dict.fromkeys([*SHOWN, *asked]) if any(name in row.measured for row in search.trials)]
     whole = max((row.began_s + row.seconds for row in search.trials), default=0.0) or 1.0
     seconds = sum(row.seconds for row in search.trials) or 1.0
