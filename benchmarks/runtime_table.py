@@ -10,6 +10,9 @@ process of its own.
 
     python benchmarks/runtime_table.py [--networks NAME ...] [--runtimes NAME ...] [--seconds 2] [--folder DIR]
 
+With --auto: which runtime ``--runtime auto`` picks, how its fp32 compares with the fastest of those considered, and the
+seconds that picking and one export take.
+
 What is already in --folder is not built again. TVM tunes for PENJING_TVM_SECONDS.
 """
 
@@ -137,6 +140,28 @@ def cell(name: str, runtime: str, folder: Path) -> None:
         (place / "cell.json").write_text(to_json(row))
 
 
+def auto(name: str) -> dict:
+    """What ``--runtime auto`` picks for a network, and how long that takes, next to one export."""
+    from penjing.pipeline import building, picking
+    from penjing.pipeline.compress import order_of
+    from penjing.pipeline.prepare import prepare
+    from penjing.records.folder import RunFolder
+    from penjing.steps.draft import Draft
+
+    network, task = network_and_task(name)
+    order = order_of(network, task, "minimize latency_ms", runtime="auto", threads=THREADS)
+    with tempfile.TemporaryDirectory() as aside:
+        prepared = prepare(order, RunFolder(Path(aside) / "run"))
+        start = time.perf_counter()
+        (folder := Path(aside) / "export").mkdir()
+        draft = Draft(prepared.run.network)
+        building.build(draft, "onnxruntime", "fp32", prepared.run.task, prepared.structure, folder)
+        export = time.perf_counter() - start
+        start = time.perf_counter()
+        (runtime,) = picking.picked(prepared)
+        return {"picked": runtime, "export_s": export, "seconds": time.perf_counter() - start}
+
+
 def timings(name: str, folder: Path, seconds: float) -> dict[str, dict]:
     """Latency of all artifacts of a network, in turns."""
     from penjing import measure
@@ -161,6 +186,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--auto", action="store_true", help="only what --runtime auto picks, and its time")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/runtime_table.json")
     arguments = parser.parse_args()
@@ -170,6 +196,15 @@ def main() -> None:
     from penjing import measure, runtimes
 
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"networks": {}}
+    if arguments.auto:
+        for name in arguments.networks:
+            rows = data["networks"][name]["cells"]
+            data["networks"][name]["auto"] = row = auto(name)
+            fp32 = {key.split()[0]: cell["median"] for key, cell in rows.items() if key.endswith(" fp32")}
+            row["over_fastest"] = fp32[row["picked"]] / min(fp32[runtime] for runtime in runtimes.DEPLOYED)
+            print(f"{name:<20}{row['picked']:<14}{row['seconds']:.1f} s (export {row['export_s']:.1f} s)", flush=True)
+            arguments.out.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        return
     names = arguments.runtimes or [n for n in runtimes.names() if runtimes.installed(n)]
     with tempfile.TemporaryDirectory() as aside:
         base = arguments.folder or Path(aside)
@@ -188,6 +223,7 @@ def main() -> None:
                     key = f"{place.parent.name} {place.name}"
                     rows[key] = json.loads((place / "cell.json").read_text()) | times.get(key, {})
             data["networks"][name] = {
+                **data["networks"].get(name, {}),
                 "cells": rows,
                 "machine": vars(measure.machine(THREADS)),
                 "versions": measure.versions(),
