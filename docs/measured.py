@@ -195,6 +195,17 @@ def runtime_networks() -> str:
     return _under(lines, next(reversed(networks.values())), note)
 
 
+def runtime_auto() -> str:
+    """What ``--runtime auto`` picks, and the seconds that takes."""
+    networks = {name: n for name, n in _read("runtime_table")["networks"].items() if "auto" in n}
+    lines = ["| | picked | its fp32 over the fastest | one export | picking |", "|---|---|---|---|---|"]
+    for name, network in networks.items():
+        row = network["auto"]
+        times = f"{row['export_s']:.1f} s | {row['seconds']:.1f} s ({row['seconds'] / row['export_s']:.1f}x)"
+        lines.append(f"| {name} | {row['picked']} | {row['over_fastest']:.2f} | {times} |")
+    return _under(lines, next(reversed(networks.values())), "Among those considered by default; ")
+
+
 def _spreads(networks: dict) -> list[float]:
     return [row["spread"] for network in networks.values() for row in network["cells"].values() if "spread" in row]
 
@@ -218,7 +229,7 @@ def search_goal() -> str:
             ", ".join(f"{row[k]}{'' if row['met'] else ' (not met)'}" for row in rows) for k in ("trained", "trials")
         ]
         lines.append(f"| {label} | {shown[0]} | {shown[1]} |")
-    return _under(lines, data, "The digits network, one number a seed; ")
+    return _under(lines, data, f"The digits network, `{data['goal']}`, one number a seed; ")
 
 
 def search_headline() -> str:
@@ -1264,6 +1275,7 @@ TABLES = {
     "onnx_files": onnx_files,
     "quick": quick,
     "runtime_networks": runtime_networks,
+    "runtime_auto": runtime_auto,
     "runtime_table": runtime_table,
     "search_goal": search_goal,
     "search_headline": search_headline,
