@@ -344,6 +344,8 @@ def main() -> None:
             "machine": vars(measure.machine(threads)),
             "versions": measure.versions(),
         }
+        if part == "goal":
+            data[key]["goal"] = GOALS[name]
         print(f"\n{key}\n{json.dumps(rows, indent=1, default=str)[:3000]}", flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(data, indent=1, default=str) + "\n")
