@@ -167,6 +167,22 @@ def test_threads_share_samples_and_change_no_bit(network, tmp_path, monkeypatch)
     assert len(three.memories) == 3 and len(one.memories) == 1
 
 
+@pytest.mark.skipif(HERE == ["c"], reason="plain C has no threads")
+@pytest.mark.parametrize("levels", [binary, ternary])
+def test_threads_share_the_rows_of_large_layers_and_change_no_bit(levels, tmp_path, monkeypatch):
+    captured = made(levels, levels is binary)
+    write(described(captured, SHAPE), tmp_path / "small.so")
+    monkeypatch.setattr(library_source, "SPLITS", 0)
+    write(described(captured, SHAPE), tmp_path / "split.so")
+    small = Opened(tmp_path / "small.so", (SHAPE, (3,)))
+    one, three = (Opened(tmp_path / "split.so", (SHAPE, (3,)), threads) for threads in (1, 3))
+    assert not small.rows and one.rows
+    x = np.random.default_rng(0).standard_normal((4, *SHAPE)).astype(np.float32)
+    for _ in range(20):
+        np.testing.assert_array_equal(three(x), small(x))
+        np.testing.assert_array_equal(one(x[:1]), small(x[:1]))
+
+
 def test_little_work_stays_on_one_thread(network, tmp_path, monkeypatch):
     write(described(network, SHAPE), tmp_path / "model.so")
     predict = Opened(tmp_path / "model.so", (SHAPE, (3,)), 2)

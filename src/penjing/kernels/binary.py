@@ -25,6 +25,7 @@ from penjing.kernels import building, c_source, threads
 from penjing.kernels.instruction_sets import InstructionSet, here
 
 MOST_PIXELS, MOST_VECTORS = 4, 4  # of a tile of accumulators
+LINE = 64  # bytes at whose multiples arrays begin
 SHARED_WORD = 16  # bits of a word of a kernel that shapes share
 
 
@@ -194,6 +195,13 @@ def distinct_borders(shape: Convolution) -> int:
     """Return how many rows the table of `bases` has for a padding of zeros."""
     (rows, _), (columns, _) = _borders(shape, "zeros")
     return len(rows) * len(columns)
+
+
+def table_places(shape: Convolution, lay: Layout) -> tuple[int, int, int]:
+    """The places of a layer's tables behind the first one, and their end, in bytes."""
+    numbers = (lay.filters * distinct_borders(shape), *shape.outputs)
+    rows, columns, end = np.cumsum([-(-4 * n // LINE) * LINE for n in numbers]).tolist()
+    return rows, columns, end
 
 
 def _borders(shape: Convolution, padding: Literal["zeros", "minus"]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -368,5 +376,5 @@ def chunks(shape: Convolution, lay: Layout) -> tuple[tuple[int, int, int], tuple
 
 __all__ = [
     "BinaryConvolution", "BinaryProduct", "Convolution", "Layout", "bases", "distinct_borders", "functions", "layout",
-    "packed", "packed_weights", "shared_function", "shared_layout",
+    "packed", "packed_weights", "shared_function", "shared_layout", "table_places",
 ]  # fmt: skip

@@ -175,9 +175,10 @@ typedef float block __attribute__((vector_size(4 * BLOCK), aligned(4), may_alias
 typedef int32_t bits __attribute__((vector_size(4 * BLOCK)));
 
 ONCE void convolve(const float *in, const float *weights, const float *scale, const float *shift, float *out,
-                   int h, int w, int c, int oh, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw, int dh,
-                   int dw) {
-  for (int y = 0; y < oh; y++)
+                   int h, int w, int c, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw, int dh, int dw,
+                   int begin, int end) {
+  out += (int64_t)begin * ow * f;
+  for (int y = begin; y < end; y++)
     for (int x = 0; x < ow; x++, out += f)
       for (int o = 0; o < f; o += BLOCK) {
         block sum = {0};
@@ -194,6 +195,12 @@ ONCE void convolve(const float *in, const float *weights, const float *scale, co
         if (some == BLOCK) *(block *)(out + o) = sum;
         else for (int l = 0; l < some; l++) out[o + l] = sum[l];
       }
+}
+
+static void convolve_rows(void **a, int32_t begin, int32_t end) {
+  const int32_t *s = a[5];
+  convolve(a[0], a[1], a[2], a[3], a[4], s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
+           s[12], begin, end);
 }
 
 ONCE void maximum(const float *in, float *out, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw,
@@ -355,4 +362,29 @@ ONCE SHORT void binary(int layer, const float *in, float *out, char *m, const fl
 """
 """Binary layers of `shared_programs`, behind tables of the layers and shapes and a macro of the kernels."""
 
-__all__ = ["HEAD", "LAYERS", "POPCOUNT", "SHARED", "convolution", "included", "pack", "packed_product", "ternary"]
+THREADS = """
+static int32_t threads = 1;
+SHOWN void penjing_threads(int32_t count) { threads = count; }
+"""
+"""Of a library whose threads share rows, behind the pool of `threads`."""
+
+
+def split(name: str, pointers: str, rows: int) -> str:
+    """C source that calls a kernel for its rows, shared by threads."""
+    given = ", ".join(f"(void *)({pointer})" for pointer in pointers.split(", "))
+    return f"  {{ void *a[] = {{{given}}}; penjing_run({name}_rows, a, {rows}, threads); }}"
+
+
+__all__ = [
+    "HEAD",
+    "LAYERS",
+    "POPCOUNT",
+    "SHARED",
+    "THREADS",
+    "convolution",
+    "included",
+    "pack",
+    "packed_product",
+    "split",
+    "ternary",
+]

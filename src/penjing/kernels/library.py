@@ -1,11 +1,13 @@
 """A network as one shared library: generated kernels, plain C around them, and the weights.
 
-The library exports three C functions, and needs nothing but the C library:
+The library exports C functions, and needs nothing but the C library:
 
 - ``int64_t penjing_bytes(void)``: so many bytes of memory it works in;
 - ``void penjing_prepare(char *memory)``: called once, with that memory: zeros, at an address that is a multiple of 64;
 - ``void penjing_network(const float *in, float *out, char *memory, int32_t samples)``: samples of (channels, height,
-  width), one after the other, on one thread.
+  width), one after the other;
+- ``void penjing_threads(int32_t count)``, of libraries with large layers: that many threads share their rows from the
+  next call on, 1 before.
 
 A binary weight takes one bit in the file and is read where it lies. Other numbers take 32 or 16 bits there, or 8 if
 they are weights that are whole multiples of a step, and 32 in memory.
@@ -63,7 +65,8 @@ def write(
         data, exported = Path(scratch) / "data.bin", Path(scratch) / "exported.map"
         data.write_bytes(writer.file())
         exported.write_text("{ global: penjing_*; local: *; };\n")
-        source = c_source.HEAD + c_source.included(data) + c_source.LAYERS + body
+        first = "#define _GNU_SOURCE\n" if writer.pooled else ""  # before anything is included
+        source = first + c_source.HEAD + c_source.included(data) + c_source.LAYERS + body
         # Plain C is all that there is without a triple; with one, what surrounds the generated kernels is kept short.
         flags = (*_SMALL, *(_SHORT if instructions.triple else ()), f"-Wl,--version-script={exported}")
         built = building.link(writer.functions, instructions, Path(scratch), [source], flags)

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from penjing.kernels import binary, building, c_source, ternary
-from penjing.kernels.binary import Convolution, Layout
+from penjing.kernels import binary, building, c_source, ternary, threads
+from penjing.kernels.binary import LINE, Convolution, Layout
 from penjing.kernels.instruction_sets import InstructionSet
 from penjing.kernels.network import Described, Operation
 from penjing.kernels.ternary import Layout as TernaryLayout
 
-LINE = 64  # bytes at whose multiples arrays begin
+SPLITS = (
+    2**23
+)  # products of signs in a layer from which on threads gain more by sharing its rows than waking them costs
+_SLOWER = 16  # times as long takes a product in floating point
 SHARES = 2**18  # bytes of binary weights, below which a library's code is a large part of it
 
 
@@ -33,6 +36,7 @@ class Writer:
         self.functions: list[building.Function] = []
         self.declared: list[str] = []  # C functions, one for every shape
         self.shapes: dict[Convolution, _Shape] = {}
+        self.pooled = False  # whether threads share the rows of some layer
         weights = (o.arrays["weights"].size for o in network.operations if o.kind == "binary")
         self.shares = sum(weights) // 8 < SHARES  # whether shapes share kernels
         self.shared: dict[Layout, int] = {}  # what a shared kernel depends on → its number
@@ -61,6 +65,9 @@ class Writer:
         self._leave(fixed)
         sizes = [math.prod(network.shapes[name]) for name in (network.input, network.output)]
         kernels = [f"void {f.name}({', '.join(f.pointers)}, int32_t, int32_t);" for f in self.functions]
+        if self.pooled:
+            kernels += [f"void {f.name}_rows(void **, int32_t, int32_t);" for f in self.functions]
+            kernels += [threads.SOURCE.replace("void penjing_run(", "static void penjing_run("), c_source.THREADS]
         converted = sum(map(len, self.bytes))
         tables = (self.widened + converted) * 4
         return "\n".join(
@@ -191,11 +198,18 @@ class Writer:
         else:
             address, places = self._numbers(weights, *rest)
             before = []
-        sizes = (w.height, w.width, w.channels, *w.outputs, w.filters, *w.kernel, *w.stride, *w.pad, *w.dilation)
+        down, right = w.outputs
+        sizes = (w.height, w.width, w.channels, right, w.filters, *w.kernel, *w.stride, *w.pad, *w.dilation)
         pointers = ", ".join([*before, *(f"(const float *)({address} + {place})" for place in places)])
-        self.lines.append(
-            f"    convolve({where[o.inputs[0]]}, {pointers}, {where[o.output]}, {', '.join(map(str, sizes))});"
-        )
+        if self._splits(w, _SLOWER):
+            self.lines.append(f"    {{ static const int32_t sizes[] = {{{', '.join(map(str, sizes))}}};")
+            self.lines.append(
+                c_source.split("convolve", f"{where[o.inputs[0]]}, {pointers}, {where[o.output]}, sizes", down)
+            )
+            self.lines.append("    }")
+            return
+        given = ", ".join(map(str, (*sizes, 0, down)))
+        self.lines.append(f"    convolve({where[o.inputs[0]]}, {pointers}, {where[o.output]}, {given});")
 
     def binary(self, o: Operation, where: dict[str, str]) -> None:
         """A convolution of signs."""
@@ -232,9 +246,11 @@ class Writer:
             self.ternaries[w] = f"ternary_conv_{len(self.ternaries)}"
             self.functions.append(ternary.function(w, self.instructions, self.ternaries[w]))
         floats = ", ".join(f"(const float *)({address} + {place})" for place in places)
-        self.lines.append(
-            f"    {self.ternaries[w]}({given}, (const int32_t *){weights}, {floats}, {target}, 0, {down});"
-        )
+        pointers = f"{given}, (const int32_t *){weights}, {floats}, {target}"
+        if self._splits(w, _SLOWER):
+            self.lines.append(c_source.split(self.ternaries[w], pointers, down))
+        else:
+            self.lines.append(f"    {self.ternaries[w]}({pointers}, 0, {down});")
         if lay.filters != w.filters:
             self.lines.append(f"    drop({target}, {where[o.output]}, {down * right}, {lay.filters}, {w.filters});")
 
@@ -253,6 +269,13 @@ class Writer:
         given = f"{where[o.inputs[0]]}, (const float *){address}, {where[o.output]}"
         self.lines.append(f"    sign({given}, {height * width}, {channels});")
 
+    def _splits(self, shape: Convolution, slower: int = 1) -> bool:
+        """Whether threads share the rows of a layer; `slower` than one that counts bits."""
+        work = math.prod(shape.outputs) * shape.filters * math.prod(shape.kernel) * shape.channels * slower
+        splits = bool(self.instructions.triple) and work >= SPLITS
+        self.pooled |= splits
+        return splits
+
     def _shape(self, shape: Convolution) -> _Shape:
         """The C functions of a shape, written when it is first met."""
         if shape in self.shapes:
@@ -265,7 +288,7 @@ class Writer:
         pack, convolve = binary.functions(shape, self.instructions, names)
         packing, bits = self._packed(shape, lay, pack)
         self.functions.append(convolve)
-        (down, right), (rows, columns, end) = shape.outputs, _tables(shape, lay)
+        (down, right), (rows, columns, end) = shape.outputs, binary.table_places(shape, lay)
         tables = f"(int32_t *)t, (int32_t *)(t + {rows}), (int32_t *)(t + {columns})"
         scale = _lines(4 * shape.channels)
         shift = scale + _lines(4 * lay.filters)
@@ -273,11 +296,15 @@ class Writer:
         if lay.filters != shape.filters:
             out = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
             last = f"\n  drop({out}, out, {down * right}, {lay.filters}, {shape.filters});"
+        packed = f"in, (const float *)p, (uint8_t *)(m + ARENA + {bits})"
+        given = f"(const {word} *)(m + ARENA + {bits}), (const {word} *)w, {tables}, (const float *)(p + {scale}), "
+        given += f"(const float *)(p + {shift}), {out}"
+        calls = f"  {packing}({packed}, 0, {shape.height});\n  {names[1]}({given}, 0, {down});"
+        if self._splits(shape):
+            calls = c_source.split(packing, packed, shape.height) + "\n" + c_source.split(names[1], given, down)
         self.declared.append(f"""
 ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, const char *p, const char *t) {{
-  {packing}(in, (const float *)p, (uint8_t *)(m + ARENA + {bits}), 0, {shape.height});
-  {names[1]}((const {word} *)(m + ARENA + {bits}), (const {word} *)w, {tables},
-             (const float *)(p + {scale}), (const float *)(p + {shift}), {out}, 0, {down});{last}
+{calls}{last}
 }}""")
         self.geometries.append((*_geometry(shape, lay), rows, columns, 0, 0, 0))
         self.shapes[shape] = _Shape(number, lay, end)
@@ -289,7 +316,7 @@ ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, c
         if key not in self.shared:
             self.shared[key] = len(self.shared)
             self.functions.append(binary.shared_function(lay, f"shared_{self.shared[key]}"))
-        rows, columns, end = _tables(shape, lay)
+        rows, columns, end = binary.table_places(shape, lay)
         _, bits = self._packed(shape, lay, None)
         self.geometries.append((*_geometry(shape, lay), rows, columns, bits, lay.pixels, self.shared[key]))
         self.shapes[shape] = _Shape(number, lay, end)
@@ -334,13 +361,6 @@ class _Shape:
     tables: int
 
 
-def _tables(shape: Convolution, lay: Layout) -> tuple[int, int, int]:
-    """The places of a layer's tables behind the first one, and their end, in bytes."""
-    rows = _lines(4 * lay.filters * binary.distinct_borders(shape))
-    columns = rows + _lines(4 * shape.outputs[0])
-    return rows, columns, columns + _lines(4 * shape.outputs[1])
-
-
 def _geometry(shape: Convolution, lay: Layout) -> tuple[int, ...]:
     """What the C function `borders` reads."""
     across = (*shape.outputs, *shape.kernel, *shape.stride, *shape.pad, *shape.dilation)
@@ -374,4 +394,4 @@ _WRITERS: dict[str, Callable[[Writer, Operation, dict[str, str]], None]] = {
 }
 
 
-__all__ = ["LINE", "SHARES", "Writer"]
+__all__ = ["SHARES", "SPLITS", "Writer"]

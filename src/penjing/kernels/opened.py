@@ -21,10 +21,12 @@ LEAST_S = 2e-4
 class Opened:
     """A library that is open: its code runs in this process; it is called by one thread at a time.
 
-    Samples are shared by several threads, each with memory of its own; a sample is computed by one thread alone, so
-    that their number changes no bit. How many threads a call gets depends on how long earlier calls took for a sample.
+    If the library shares the rows of its layers between threads, it does so for every sample. Else threads share the
+    samples, each with memory of its own; how many a call gets depends on how long earlier calls took for a sample.
+    Neither changes a bit: a row is computed by one thread alone.
 
     Attributes:
+        rows: Whether the library shares rows.
         memories: What each thread works in.
         threads: At most so many are used.
         sample_s: The shortest time seen for a sample on one thread, in seconds; 0 before the first call.
@@ -35,6 +37,7 @@ class Opened:
         self.library = ctypes.CDLL(str(path))
         self.library.penjing_bytes.restype = ctypes.c_int64
         self.memories = [self._memory()]
+        self.rows = hasattr(self.library, "penjing_threads")
         self.threads, self.sample_s = threads, 0.0
         self.function, (self.input, self.output) = self.library.penjing_network, map(tuple, shapes)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # a forked process has a pool without its threads
@@ -76,7 +79,7 @@ class Opened:
 
     def _parts(self, samples: int) -> int:
         """How many threads share so many samples."""
-        return max(1, min(self.threads, samples, int(samples * self.sample_s / LEAST_S)))
+        return 1 if self.rows else max(1, min(self.threads, samples, int(samples * self.sample_s / LEAST_S)))
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != os.getpid():
@@ -89,6 +92,8 @@ class Opened:
         return memory
 
     def _run(self, x: np.ndarray, out: np.ndarray, memory: np.ndarray) -> None:
+        if self.rows:  # the number is that of all that this process has opened of the library
+            self.library.penjing_threads(ctypes.c_int32(self.threads))
         pointers = (ctypes.c_void_p(a.ctypes.data) for a in (x, out, memory))
         self.function(*pointers, ctypes.c_int32(len(x)))
 

@@ -129,7 +129,7 @@ class _Session:
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
-    """Load model.so, if this user's Penjing wrote it or its hash is trusted; threads share the samples of a batch.
+    """Load model.so, if this user's Penjing wrote it or its hash is trusted; threads share rows, or samples.
 
     Raises:
         ArtifactError: It is another's machine code, or for another processor.
@@ -156,6 +156,7 @@ Any C or C++ program loads model.so (`dlopen`), or is linked with it:
 int64_t penjing_bytes(void);
 void penjing_prepare(char *memory);  /* penjing_bytes() zeros, at an address that is a multiple of 64 */
 void penjing_network(const float *in, float *out, char *memory, int32_t samples);
+void penjing_threads(int32_t count);  /* of libraries with large layers, whose rows they share; 1 before */
 ```
 
 It is generated for one kind of processor (`settings` in manifest.json).
