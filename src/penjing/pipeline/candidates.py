@@ -13,7 +13,7 @@ from penjing.analyze.activations import Activations
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
 from penjing.measure import energy
 from penjing.numerics import compiled
-from penjing.pipeline import building, drafts, evidence, fitting, gains, picking
+from penjing.pipeline import building, drafts, evidence, fitting, gains, picking, stored_only
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
 from penjing.pipeline.causes import doubts
@@ -67,12 +67,13 @@ def build(prepared: Prepared) -> tuple[Candidate, ...]:
     if not candidates:
         assert failure is not None
         raise failure
-    for reason, names in by_reason((c.name, c.rejection.reason) for c in candidates if c.rejection is not None):
+    weighed = stored_only.weighed(candidates)
+    for reason, names in by_reason((c.name, c.rejection.reason) for c in weighed if c.rejection is not None):
         run.warn(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not offered: {reason}")
-    for built in candidates:
+    for built in weighed:
         for text in built.doubts:
             run.warn(text)
-    return tuple(candidates)
+    return weighed
 
 
 def _told(error: Exception) -> str:

@@ -32,7 +32,7 @@ from penjing.pipeline.causes import doubts, hidden_samples
 from penjing.pipeline.order import default_recipe
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.randomness import seed_everything
-from penjing.records import Parity
+from penjing.records import STORED, Parity
 from penjing.records.events import Events, Listener
 from penjing.records.folder import check_writable, writing
 from penjing.records.manifest import Manifest
@@ -267,7 +267,10 @@ def _written(
     rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
     name = target.path.name
     lost = doubts(name, precision, parity, draft, task) or hidden_samples(name, done.original, done.answers)
-    warnings = (*told, *lost, *float_doubts(name, rows))
+    alone: tuple[str, ...] = ()
+    if floating and not any(integer.values()) and any(row.stored for row in rows):
+        alone = (f"{name}: {STORED}",)
+    warnings = (*told, *lost, *alone, *float_doubts(name, rows))
     for text in warnings:
         clock.events("warning", text=text)
     size = measure.size_bytes(folder, manifest.files())

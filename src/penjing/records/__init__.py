@@ -9,6 +9,7 @@ from penjing.records.parity import PairParity, Parity, ParityRow, Rejection, fur
 from penjing.records.record import (
     FORMAT,
     MOST_THREADS,
+    STORED,
     WEIGHTS_FILE,
     Candidate,
     CurvePoint,
@@ -67,6 +68,7 @@ __all__ = [
     "Rejection",
     "RunRow",
     "SHOWN",
+    "STORED",
     "SensitivityRow",
     "StepCost",
     "SearchRow",

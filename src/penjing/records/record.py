@@ -15,6 +15,8 @@ from penjing.records.search import SearchRow
 
 FORMAT = 1
 WEIGHTS_FILE = "weights file"  # the role of a file of weights among `Record.data`
+STORED = "weights stored as integers, computed in floating point: smaller, not faster"
+"""What an integer artifact of which no operator ran in integers is good for."""
 MOST_THREADS = 1024  # that a runtime is told to use
 
 
@@ -121,6 +123,12 @@ class Candidate:
     doubts: tuple[str, ...] = ()  # what is to be known about it beside its figures
     gains: tuple[GainRow, ...] = ()  # what optimizations before export and in the runtime removed
     device: DeviceFigures | None = None  # where it is for another device than the machine of the run
+
+    @property
+    def only_stored(self) -> bool:
+        """Whether it is an integer artifact of which no operator ran in integers."""
+        integers = self.precision.startswith("int8")
+        return integers and bool(self.float_operators) and not any(self.integer_operators.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from penjing.records import Candidate, Record
+from penjing.records import STORED, Candidate, Record
 from penjing.report import numbers
 
 INTEGER, HALF, FLOAT, UNSEEN = "integer", "half", "float", "unseen"
@@ -37,11 +37,15 @@ def counted(candidate: Candidate) -> tuple[int, int] | None:
 def in_floats(candidate: Candidate) -> str:
     """Share of an integer artifact that stays in floating point, as a line of text; "" below 0.5 %.
 
+    Of one that computes nothing in integers, what it is good for.
+
     >>> from penjing.records import Measured
     >>> about = dict(runtime="openvino", precision="int8", folder="x", measured=Measured())
     >>> in_floats(Candidate(name="openvino-int8", float_macs_share=0.25, float_bytes_share=0.031, **about))
     'openvino-int8: 25% of the multiply-accumulates and 3% of the parameter bytes in floating point'
     """
+    if candidate.only_stored:
+        return "" if candidate.rejection else f"{candidate.name}: {STORED}"
     macs, size = candidate.float_macs_share, candidate.float_bytes_share
     parts = [(macs, "multiply-accumulates"), (size, "parameter bytes")]
     phrases = [f"{share:.0%} of the {what}" for share, what in parts if share is not None and share >= 0.005]

@@ -72,7 +72,9 @@ def changes(record: records.Record) -> tuple[str, ...]:
         whose = "" if record.reference is None else " of the reference"
         phrases.append(f"{record.metric_name} {old}{whose} → {new}")
     share = record.chosen.float_macs_share if record.chosen else None
-    if share is not None and share > TOLD:
+    if record.chosen is not None and record.chosen.only_stored:
+        phrases.append(records.STORED)
+    elif share is not None and share > TOLD:
         phrases.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
     if record.target is not None:
         phrases += _on_device(record.target, record.chosen)
