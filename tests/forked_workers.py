@@ -28,6 +28,10 @@ IMPORTS = (
     *("penjing.measure.worker", "penjing.runtimes.worker"),
     *("penjing.runtimes.eager", "penjing.runtimes.onnxruntime", "penjing.runtimes.openvino"),
 )
+OF_SCRIPTS = (  # what a script imports that compresses something
+    *("penjing.search.compress", "penjing.onnx_files.write", "torch.onnx._internal.exporter._torchlib.ops"),
+    *("torch.export._trace", "torch._functorch.aot_autograd", "onnxscript.rewriter", "penjing.tasks.opening"),
+)
 start_worker = processes.start_worker
 POSSIBLE = sys.platform.startswith("linux")
 TESTED = str(Path(__file__).resolve().parents[1])  # the checkout, from which tests and examples are imported
@@ -64,13 +68,21 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The process that forks, started with the first worker."""
+    """The process that forks, started with the first worker; or one that is there, at the other end of a socket."""
 
-    def __init__(self):
+    def __init__(self, connected=None, imports=IMPORTS):
+        if connected is not None:
+            self.socket, self.process = connected, None
+            return
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = processes.worker_environment({name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from tests.forked_workers import serve; serve({theirs.fileno()})"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"from tests.forked_workers import serve; serve({theirs.fileno()}, {imports})",
+            ],
             env=environment | {"PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), TESTED])},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -115,7 +127,8 @@ class ForkServer:
 
     def close(self):
         self.socket.close()
-        self.process.wait()
+        if self.process is not None:
+            self.process.wait()
 
 
 @functools.cache
@@ -124,14 +137,24 @@ def fork_server():
     return ForkServer()
 
 
-def serve(descriptor):
+@functools.cache
+def script_server():
+    """The same for whole scripts."""
+    return ForkServer(imports=IMPORTS + OF_SCRIPTS)
+
+
+def serve(descriptor, imports):
     """In the process that forks: a worker for every request, until the other end is closed."""
     sys.modules["openvino_telemetry"] = None  # it starts a thread, and a fork has none but the one that forked
-    for name in IMPORTS:
+    for name in imports:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1
-    requests = socket.socket(fileno=descriptor)
+    answer(socket.socket(fileno=descriptor))
+
+
+def answer(requests):
+    """A worker for every request, until the other end is closed."""
     while True:
         message, streams, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
         if not message:
@@ -150,6 +173,17 @@ def serve(descriptor):
             os.close(stream)
 
 
+def nested():
+    """Fork a process that forks from this one as it is now; returns the end of its socket that takes requests."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        answer(theirs)
+        os._exit(0)
+    theirs.close()
+    return ours
+
+
 def _work(request, streams):
     """In the fork: become the worker."""
     try:
@@ -163,6 +197,7 @@ def _work(request, streams):
         os.environ.update(request["environment"])
         if "script" in request:
             os.chdir(request["folder"])
+            processes.start_worker = ForkServer(nested()).start  # the script's workers have the imports behind them too
             sys.argv = [request["script"]]
             sys.path[:] = [request["folder"], *(path for path in sys.path if path != TESTED)]
             runpy.run_path(request["script"], run_name="__main__")
@@ -189,6 +224,7 @@ def forked_workers():
         yield
     finally:
         processes.start_worker = start_worker
-        if fork_server.cache_info().currsize:
-            fork_server().close()
-            fork_server.cache_clear()
+        for server in (fork_server, script_server):
+            if server.cache_info().currsize:
+                server().close()
+                server.cache_clear()

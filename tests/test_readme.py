@@ -58,9 +58,9 @@ def run_python(group, page, folder):
     script = folder / f"line_{group[0].line}.py"
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
     where = f"{page.name}:{group[0].line}"
-    if page.name == "README.md" or not forked_workers.POSSIBLE:
+    if not forked_workers.POSSIBLE:
         return run([sys.executable, script.name], where, folder)
-    code, printed, complaints = forked_workers.fork_server().run(script, folder, environment(), LIMIT_S)
+    code, printed, complaints = forked_workers.script_server().run(script, folder, environment(), LIMIT_S)
     assert code == 0, f"{where} failed with {code}\n{printed}\n{complaints}"
     return printed
 
