@@ -8,7 +8,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 
-PARTS  := quantize pipeline rest whole training pruning
+PARTS  := runtimes quantize pipeline networks whole rest pruning training
 
 .PHONY: demo test $(addprefix tests-,$(PARTS)) test-all bench lint format setup clean
 .DEFAULT_GOAL := test
@@ -17,21 +17,22 @@ demo: setup
 	$(PY) examples/fashion_mnist/demo.py
 
 # Several processes, three at a time, for each waits for others: what a runtime's native code does to one ends with it.
-# The longest come first, so that all end together.
-tests-whole: FILES = tests/test_*.py
-tests-pipeline: FILES = tests/pipeline tests/cli tests/goals tests/report
-tests-quantize: FILES = tests/quantize tests/surgery tests/runtimes tests/onnx_files
-tests-pruning: FILES = tests/prune tests/analyze tests/architectures
-tests-training: FILES = tests/train tests/distill tests/recipes
-tests-rest: FILES = src $(filter-out tests/pipeline tests/cli tests/goals tests/report tests/quantize tests/surgery \
-	tests/runtimes tests/onnx_files tests/prune tests/analyze tests/architectures tests/train tests/distill \
-	tests/recipes tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+# The longest come first and the short ones last, so that all end together.
+IN_whole    := tests/test_*.py
+IN_pipeline := tests/pipeline tests/cli tests/goals tests/report
+IN_quantize := tests/quantize tests/surgery
+IN_runtimes := tests/runtimes tests/onnx_files tests/kernels
+IN_networks := tests/network tests/sources tests/tasks tests/measure tests/conformance
+IN_pruning  := tests/prune tests/analyze tests/architectures
+IN_training := tests/train tests/distill tests/recipes tests/search
+IN_rest     := src $(filter-out $(foreach part,$(filter-out rest,$(PARTS)),$(IN_$(part))) tests/__pycache__, \
+	$(patsubst %/,%,$(wildcard tests/*/)))
 
 test: setup
 	$(MAKE) --keep-going --jobs 3 $(addprefix tests-,$(PARTS)) lint
 
 $(addprefix tests-,$(PARTS)): setup
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(IN_$(@:tests-%=%))
 
 test-all: lint
 	$(PY) -m pytest
