@@ -192,3 +192,33 @@ def test_other_data_are_observed_anew():
         context = Context(task=Task(example=torch.zeros(2, *SHAPE), calibration=data), cache=cache)
         highs.append(collect(captured, {"x"}, context, 300)[0]["x"].high)
     assert highs[1] > 10 * highs[0] and highs[2] == highs[0]
+
+
+def chain(channels, layers, kernel):
+    convolutions = (nn.Conv2d(channels, channels, kernel, padding=kernel // 2) for _ in range(layers))
+    return nn.Sequential(*(layer for convolution in convolutions for layer in (convolution, nn.ReLU()))).eval()
+
+
+@pytest.mark.parametrize(("channels", "layers", "kernel"), [(32, 4, 1), (8, 3, 3), (64, 5, 1)])
+def test_what_a_relu_leaves_of_like_channels_shares_a_scale(tmp_path, channels, layers, kernel):
+    """Of a channel that a ReLU cuts off but for a few values, the mean square is tiny: that is no other magnitude."""
+    torch.manual_seed(0)
+    network, x = chain(channels, layers, kernel), torch.randn(4, channels, 12, 12)
+    task = Task(example=x, calibration=[x])
+    captured = capture_network(network, *task.call())
+    capabilities = runtimes.get("onnxruntime").capabilities(machine(1).instruction_sets)
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities))
+    assert not draft.plan.floats
+    manifest = build(draft, "onnxruntime", "int8", task, flatten_outputs(network(x))[1], tmp_path)
+    executed = {site: row.precision for row in isolated.executed(tmp_path, manifest) for site in row.sites}
+    assert {executed[str(2 * i)] for i in range(layers)} == {"int8"}
+
+
+def test_columns_of_few_values_count_by_those_and_hardly_any_by_none():
+    columns, x = Columns(), torch.zeros(2, 3, 50)
+    x[:, 0], x[:, 1, :10], x[0, 2, 0] = 1.0, 3.0, 1e-3
+    for half in x[:, None]:
+        columns.update(half.flatten(0, 1)[None])
+    active = columns.active()[0]
+    torch.testing.assert_close(active, torch.tensor([1.0, 9.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(columns.powers()[0][1], torch.tensor(1.8, dtype=torch.float64))

@@ -26,6 +26,7 @@ from penjing.tasks.task import Call
 FAINT_DB = 20.0  # signal-to-noise ratio of a column or branch, below which about eight levels are left of it
 APART_DB = 10.0  # and this far below that of the whole tensor, since few bits alone are not a reason
 DECODED_DB = 30.0  # of a column of 8 bits that is decoded on the way to an output: boxes have to keep one percent
+RARE = 0.02  # share of a column's values that are not 0, from which on they tell its magnitude
 SAMPLES = 8  # decoded to the outputs
 _BIT_DB = 6.0  # what a bit less costs
 _MOVES = frozenset(
@@ -40,23 +41,37 @@ class Columns:
     def __init__(self) -> None:
         self.sums: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
+        self.used: dict[int, torch.Tensor] = {}  # how many values of each column are not 0
 
     def update(self, x: torch.Tensor) -> None:
         """Add the values of x (samples, …); axes of varying size are left out."""
         square = x.detach().double().square()
         for axis in {1, x.dim() - 1} if x.dim() > 1 else ():
             others = [a for a in range(x.dim()) if a != axis]
-            total = square.sum(others)
+            total, used = square.sum(others), (square > 0).sum(others)
             known = self.sums.get(axis, torch.zeros_like(total))
             if known.shape != total.shape:
                 self.sums[axis], self.counts[axis] = total.new_zeros(0), 0
                 continue
             self.sums[axis] = known + total
+            self.used[axis] = self.used.get(axis, 0) + used
             self.counts[axis] = self.counts.get(axis, 0) + x.numel() // max(1, x.shape[axis])
 
     def powers(self) -> list[torch.Tensor]:
         """Return (columns,) mean squares for every axis of constant size."""
         return [total / self.counts[axis] for axis, total in self.sums.items() if self.counts[axis]]
+
+    def active(self) -> list[torch.Tensor]:
+        """Return the same of the values that are not 0; 0 for a column that hardly has any.
+
+        A ReLU leaves little of some channels, whose few values are as large as others, or the last of a tail.
+        """
+        powers = []
+        for axis, total in self.sums.items():
+            if count := self.counts[axis]:
+                mean = total / self.used[axis].clamp(min=1)
+                powers.append(torch.where(self.used[axis] < RARE * count, torch.zeros_like(mean), mean))
+        return powers
 
 
 def to_watch(network: fx.GraphModule, placement: Placement) -> set[str]:
@@ -113,7 +128,7 @@ def apart(
         ratio = _inputs_apart(network, nodes[value], step, placement, statistics)
         if ratio and (name in on_way or edge in placement.results):
             reason = f"its inputs differ by {ratio:.0f}×: they can't share a scale"
-        elif name in on_way and (ratio := _columns_apart(columns[value].powers(), step)):
+        elif name in on_way and (ratio := _columns_apart(columns[value].active(), step)):
             reason = f"its columns differ by {ratio:.0f}×: they can't share a scale"
         else:
             continue
