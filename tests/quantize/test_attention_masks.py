@@ -35,11 +35,19 @@ def decibels(reference, got):
     return 10 * math.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30))
 
 
-def assert_costs_nothing(net, data, runtime, folder, source=28.0, planned=30.0):
+@pytest.fixture(scope="module")
+def captures():
+    """Networks by name, captured once for all runtimes."""
+    return {}
+
+
+def assert_costs_nothing(captures, name, forms, data, runtime, folder, source=28.0, planned=30.0):
     """Quantize, export and run; every output is compared with torch's and with the plan's, on another batch size."""
-    net.eval()
     task = Task(example=data(2), calibration=[data(8 + i) for i in range(3)])
-    captured = capture_network(net, *task.call(), task.dynamic)
+    if name not in captures:
+        net = Several(forms).eval()
+        captures[name] = net, capture_network(net, *task.call(), task.dynamic)
+    net, captured = captures[name]
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
     draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
     outputs = [name for name, _ in net.forms]
@@ -188,18 +196,18 @@ FUSED = {
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
-def test_a_mask_of_any_number_costs_nothing_that_is_seen(number, runtime, tmp_path):
-    assert_costs_nothing(Several(eager(number)), boolean, runtime, tmp_path)
+def test_a_mask_of_any_number_costs_nothing_that_is_seen(captures, number, runtime, tmp_path):
+    assert_costs_nothing(captures, number, eager(number), boolean, runtime, tmp_path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_mask_of_torchs_own_attention(runtime, tmp_path):
-    assert_costs_nothing(Several(FUSED), boolean, runtime, tmp_path)
+def test_a_mask_of_torchs_own_attention(captures, runtime, tmp_path):
+    assert_costs_nothing(captures, "fused", FUSED, boolean, runtime, tmp_path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("number", [-1e4, SMALLEST], ids=["minus ten thousand", "smallest number"])
-def test_a_mask_of_numbers_as_an_input(number, runtime, tmp_path):
+def test_a_mask_of_numbers_as_an_input(captures, number, runtime, tmp_path):
     """Eager and in torch's own attention; the calibration data holds the padding."""
     forms = {
         "eager": lambda: Heads(lambda m, s, mask: s + mask),
@@ -207,7 +215,9 @@ def test_a_mask_of_numbers_as_an_input(number, runtime, tmp_path):
         "torch's": lambda: Together(lambda m, mask: mask),
     }
     assert_costs_nothing(
-        Several(forms),
+        captures,
+        f"input {number}",
+        forms,
         lambda n: (ids(n), torch.zeros(n, 1, 1, LENGTH).masked_fill(~seen(n), number)),
         runtime,
         tmp_path,
@@ -215,7 +225,7 @@ def test_a_mask_of_numbers_as_an_input(number, runtime, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_rows_that_see_nothing_stay_zeros(runtime, tmp_path):
+def test_rows_that_see_nothing_stay_zeros(captures, runtime, tmp_path):
     """A whole row is hidden: torch gives zeros for it, and so do plan and artifact."""
 
     def nothing(n):
@@ -223,7 +233,8 @@ def test_rows_that_see_nothing_stay_zeros(runtime, tmp_path):
         mask[0, 0, 2] = False
         return ids(n), mask
 
-    assert_costs_nothing(Several({"hidden rows": lambda: Together(lambda m, mask: mask)}), nothing, runtime, tmp_path)
+    forms = {"hidden rows": lambda: Together(lambda m, mask: mask)}
+    assert_costs_nothing(captures, "hidden rows", forms, nothing, runtime, tmp_path)
 
 
 def test_products_before_and_behind_the_softmax_stay_integers_and_the_addition_does_not():
