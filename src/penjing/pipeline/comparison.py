@@ -69,7 +69,14 @@ def measure_artifact(
         samples = len(inputs[0]) if inputs[0].ndim else batch
         targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
         patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
-        timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
+        timings = measure.compare(
+            targets,
+            threads=threads,
+            seconds=seconds,
+            patience=patience,
+            warmup_seconds=min(0.3, seconds),
+            events=events,
+        )
         spent = _energies(Path(artifact), folders, targets, threads, seconds, events)
         return {
             name: timed(_figures(folder, task, threads), timings[name], spent.get(name))

@@ -183,7 +183,14 @@ def _speed(
         measure.Target("artifact", folder / ARTIFACT, inputs, after.batch),
     ]
     patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
-    timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
+    timings = measure.compare(
+        targets,
+        threads=threads,
+        seconds=seconds,
+        patience=patience,
+        warmup_seconds=min(0.3, seconds),
+        events=events,
+    )
     recorded = steadiness.speedup(before, after)
     measured = measure.ratio(timings["source"], timings["artifact"])
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
