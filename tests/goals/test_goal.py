@@ -79,7 +79,10 @@ def goals(draw):
     objective = draw(
         st.sampled_from([{"minimize": f} for f in smaller] + [{"maximize": f} for f in ("metric", "throughput_per_s")])
     )
-    drops = {field: draw(st.none() | FLOATS) for field in ("max_drop", "max_relative_drop")}
+    drops = {}
+    for figure in ("drop", "relative_drop"):  # at most as much as at least, where the goal has both
+        least = limits[figure].value if figure in limits else None
+        drops[f"max_{figure}"] = draw(st.none() | st.floats(min_value=least, allow_nan=False, allow_infinity=False))
     return Goal(**objective, **drops, limits=tuple(limits.values()))
 
 
@@ -114,6 +117,7 @@ def test_any_text_is_a_goal_or_a_goal_error(text):
         ("latency_ms<=-5", "negative", "-5", None),
         ("minimum size_bytes", "unreadable", "minimum size_bytes", "minimize"),
         ("drop<=1%, drop<=2%", "twice", "drop<=2%", "remove one"),
+        ("latency_ms<=2, latency_ms>=3", "contradiction", "latency_ms>=3", "exchange their values"),
         ("minimize size_bytes, maximize metric", "two-objectives", "maximize metric", "bound the other"),
         ("maximize latency_ms", "objective", "maximize latency_ms", "minimize latency_ms"),
         ("minimize throughput_per_s", "objective", "minimize throughput_per_s", "maximize"),
@@ -146,6 +150,7 @@ def test_what_asks_for_nothing_or_the_endless(text, code):
         (lambda: Goal(), "empty"),
         (lambda: Goal(minimize="latency"), "unknown-figure"),
         (lambda: Goal(minimize="latency_ms", maximize="metric"), "two-objectives"),
+        (lambda: Goal(max_drop=0.01, limits=(Limit("drop", ">=", 0.02),)), "contradiction"),
         (lambda: Goal(maximize="drop"), "objective"),
         (lambda: Goal(max_drop=math.nan), "not-finite"),
         (lambda: Goal(max_drop="1%"), "not-finite"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from penjing.records import GoalLimit
 from penjing.records.search import SearchRow, TrialRow
 from penjing.report import html, trials
 from tests.report import sample_records
@@ -53,6 +54,16 @@ def test_the_picture_has_every_trial_that_was_measured():
     wide, narrow = trials.of(searched()).plots
     assert {b.name for b in wide.bubbles} == {b.name for b in narrow.bubbles} == {"0", "2"}
     assert [b.name for b in wide.bubbles if b.chosen] == ["2"]
+
+
+def test_the_figures_of_the_goal_have_columns_and_the_objective_the_picture():
+    rows = tuple(row(n, latency_ms=2.0, size_bytes=4000.0, macs=3e6 / (n + 1), metric=0.9, drop=0.0) for n in (0, 2))
+    record = searched()
+    limits = (GoalLimit(figure="macs", op="<=", value=1e6, text="macs<=1000000"),)
+    goal = replace(record.goal, limits=limits)
+    shown = trials.of(replace(record, goal=goal, search=replace(record.search, trials=rows, objective="drop")))
+    assert shown.titles == ("latency", "size on disk", "multiply-accumulates")
+    assert shown.plots[0].x_title.startswith("multiply-accumulates, million")
 
 
 def test_the_page_tells_failures_as_text():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 import penjing as pj
 from penjing import records
-from penjing.errors import OutputError, RecordError, UsageError
+from penjing.cli import searching
+from penjing.errors import MissingDependency, OutputError, RecordError, UsageError
+from penjing.search import study
 from tests.raises import raises_case
 
 OPTIONS = {"runtime": "onnxruntime", "threads": 1, "seconds": 0.05}
@@ -139,11 +142,46 @@ def test_a_study_of_another_network_is_refused(tmp_path):
         pj.compress(other, task(), GOAL, trials=1, study=url, out=tmp_path / "two", **OPTIONS)
 
 
-def test_a_study_that_can_not_be_opened(tmp_path):
-    with raises_case(OutputError, "study"):
-        pj.compress(
-            network(), task(), GOAL, trials=1, study="sqlite:////nowhere/at/all.db", out=tmp_path / "one", **OPTIONS
-        )
+@pytest.mark.parametrize(
+    ("url", "error", "word"),
+    [
+        ("sqlite:////nowhere/at/all.db", OutputError, "another --study"),
+        ("study.db", OutputError, "sqlite:///study.db"),
+        ("postgresql://u:se/cr@et@127.0.0.1:1/x", OutputError, "another --study"),
+    ],
+)
+def test_a_study_that_can_not_be_opened_is_told_before_anything_is_computed(tmp_path, url, error, word):
+    events = []
+    with raises_case(error, "study") as caught:
+        pj.compress(network(), task(), GOAL, trials=1, study=url, out=tmp_path, listeners=[events.append], **OPTIONS)
+    assert word in caught.value.remedy and "se/cr" not in str(caught.value)
+    assert not events
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(study, "_connect", lambda url: None)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with raises_case(MissingDependency, "not-installed") as caught:
+        study.check_study("postgresql://u:secret@host/x")
+    assert "psycopg" in caught.value.remedy and "secret" not in str(caught.value)
+
+
+def test_the_plan_tells_no_more_than_fits(tmp_path):
+    events = []
+    quick(tmp_path / "trials", trials=1, listeners=[events.append])
+    (plan,) = [event["plan"] for event in events if event["kind"] == "search"]
+    assert [row["words"] for row in plan] == ["as it is"]
+
+
+def test_a_limit_that_nothing_keeps_is_approached(tmp_path):
+    events = []
+    done = pj.compress(
+        network(), task(), "minimize size_bytes, macs<=0", trials=3, out=tmp_path, listeners=[events.append], **OPTIONS
+    )
+    assert not done.met and done.record.artifact.macs < done.record.source.macs
+    (first, *_) = [line for event in events if event["kind"] == "tried" for line in searching.lines(event)]
+    assert "macs 42.1 k" in first and "MACs" not in first
 
 
 @pytest.mark.parametrize(
@@ -250,7 +288,6 @@ def test_a_damaged_study_in_the_run_folder_names_the_way_out(tmp_path):
 
 
 def test_a_full_disk_is_told_by_its_first_cause(tmp_path, monkeypatch):
-    from penjing.search import study
 
     def full(*args, **options):
         raise RuntimeError("something in the commit") from OSError("database or disk is full")

@@ -14,9 +14,8 @@ SHOWN = ("latency_ms", "size_bytes", "packed_bytes", "drop")
 def lines(event: Mapping[str, Any]) -> Iterator[str]:
     """The lines of one event of a search."""
     if event["kind"] == "search":
-        yield "search: first " + "; ".join(
-            f"{row['words']} (about {_time(row['expected_s'])})" for row in event["plan"]
-        )
+        first = "; ".join(f"{row['words']} (about {_time(row['expected_s'])})" for row in event["plan"])
+        yield f"search: first {first}" if first else "search: the first looks are over"
         if event["epoch_s"]:
             epoch = _time(event["epoch_s"])
             yield f"        then what promises most; a pass over the data that trains takes about {epoch}"
@@ -40,11 +39,16 @@ def figures(values: Mapping[str, float], asked: Sequence[str] = ()) -> str:
     >>> figures({"size_bytes": 5680.0, "drop": 0.006})
     'size_bytes 5.68 kB, drop 0.60 %'
     """
-    shown = [
-        f"{n} {numbers.figure(values[n], FIGURES[n].unit)}" for n in dict.fromkeys([*SHOWN, *asked]) if n in values
-    ]
+    shown = [f"{n} {numbers.figure(values[n], _unit(n))}" for n in dict.fromkeys([*SHOWN, *asked]) if n in values]
     return ", ".join(shown) or "nothing was measured"
 
 
+def _unit(name: str) -> str:
+    unit = FIGURES[name].unit
+    return {"MACs": "count", "metric": ""}.get(unit, unit)  # the name says it
+
+
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "1 s"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

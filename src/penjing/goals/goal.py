@@ -5,6 +5,7 @@ Judging reads records alone: nothing here needs torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Goal:
             else:
                 limits.append(limit)
         object.__setattr__(self, "limits", tuple(limits))
+        _check_possible(self.all_limits())
         if self.minimize is not None and self.maximize is not None:
             raise _two_objectives(f"minimize {self.minimize} and maximize {self.maximize}")
         if self.minimize is not None:
@@ -136,6 +138,7 @@ class Goal:
                     limit = Limit(clause.figure, clause.op, clause.value)
                     if any(_same(limit, other) for other in limits):
                         raise _twice(f"{limit.figure}{limit.op}")
+                    _check_possible((*limits, limit))
                     limits.append(limit)
             except GoalError as error:
                 raise pointed(text, clause.start, clause.end, error) from None
@@ -186,6 +189,18 @@ def _check_objective(verb: str, figure: str) -> None:
         )
 
 
+def _check_possible(limits: Sequence[Limit]) -> None:
+    for most, least in itertools.product(limits, limits):
+        if (most.figure, most.op, least.op) == (least.figure, "<=", ">=") and most.value < least.value:
+            raise GoalError(
+                f"two limits of {most.figure} exclude each other",
+                code="contradiction",
+                got=f"{least.text()}, {most.text()}",
+                expected="values between both limits",
+                remedy="remove one of them, or exchange their values",
+            )
+
+
 def _same(one: Limit, other: Limit) -> bool:
     return (one.figure, one.op) == (other.figure, other.op)
 
@@ -217,20 +232,24 @@ def figures(candidate: Candidate) -> dict[str, float | None]:
     return {name: figure.of(candidate) for name, figure in FIGURES.items()}
 
 
+def named(goal: Goal) -> tuple[str, ...]:
+    """The figures that a goal speaks of: the objective first."""
+    return tuple(dict.fromkeys((goal.objective()[0], *(limit.figure for limit in goal.all_limits()))))
+
+
 def needs_metric(goal: Goal) -> bool:
     """Whether judging this goal needs the task's metric."""
-    return any(map(of_the_metric, (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))))
+    return any(map(of_the_metric, named(goal)))
 
 
 def needs_timing(goal: Goal) -> bool:
     """Whether judging this goal needs artifacts to be run against the clock, in processes of their own."""
-    named = (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))
-    return any(name in _TIMED or name in ("peak_memory_bytes", "energy_mj") for name in named)
+    return any(name in _TIMED or name in ("peak_memory_bytes", "energy_mj") for name in named(goal))
 
 
 def needs_packing(goal: Goal) -> bool:
     """Whether judging this goal needs the packed size."""
-    return "packed_bytes" in (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))
+    return "packed_bytes" in named(goal)
 
 
 def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:

@@ -33,7 +33,8 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
             code="raised",
             got=f"{error} ({line_of(error)})",
             expected="evaluate(predict) -> float, where predict maps NumPy inputs to NumPy outputs",
-            remedy="try it on a predict of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
+            remedy="call predict as the network is called, with a dict of inputs as predict(**inputs); "
+            "try it on one of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
         ) from error
     try:
         number = float(value)

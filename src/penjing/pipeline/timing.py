@@ -34,12 +34,18 @@ class Timed:
     floors: dict[str, Measured]
 
 
-def measure_all(prepared: Prepared, candidates: Sequence[Candidate]) -> Timed:
-    """Time all candidates interleaved with the source; rejected ones only if no other candidate is left."""
+def measure_all(prepared: Prepared, candidates: Sequence[Candidate], *, with_floors: bool = True) -> Timed:
+    """Time all candidates interleaved with the source; rejected ones only if no other candidate is left.
+
+    Args:
+        prepared: The run.
+        candidates: Its artifacts.
+        with_floors: Whether the source in fp32 in each runtime is timed with them.
+    """
     run = prepared.run
     here = [c for c in candidates if not runtimes.absent(c.runtime)]
     offered = [c for c in here if c.rejection is None] or here
-    plain = floors(run, here, prepared.source, prepared.structure)
+    plain = floors(run, here, prepared.source, prepared.structure) if with_floors else {}
     timings = latencies(run, prepared.manifest, offered, plain)
     known = energies.named_by(prepared.order.goal) and run.target is None
     spent = _metered(run, prepared.manifest, [c for c in offered if c.name in timings]) if known else {}
@@ -100,6 +106,7 @@ def latencies(
         return {name: from_dict(measure.Timing, value) for name, value in stored.items()}
     targets = _targets(run, manifest, candidates, floors)
     timings: dict[str, measure.Timing] = {}
+    again = True  # a machine that stood still for a minute costs the round, not the run
     with run.costing("measure latency"):
         while not timings:
             try:
@@ -112,6 +119,10 @@ def latencies(
                     events=run.events,
                 )
             except measure.TargetError as error:
+                if error.target == "source" and again:
+                    again = False
+                    run.warn(f"the source could not be timed, and is timed once more: {error.what} ({error.got})")
+                    continue
                 targets = [target for target in targets if target.name != error.target]
                 if error.target == "source" or not {t.name for t in targets} & {c.name for c in candidates}:
                     raise

@@ -11,6 +11,7 @@ from penjing.report import arithmetic, numbers
 from penjing.report.scatter import Measure, Plot, Point, lay_out
 
 SHOWN = ("latency_ms", "size_bytes", "packed_bytes")
+_UNITS = {"bytes": (1e3, "kB"), "MACs": (1e6, "million"), "count": (1e3, "thousand"), "/s": (1.0, "samples a second")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,9 @@ def _plot(record: records.Record, names: list[str], width: int, height: int) -> 
     if search is None or not names:
         return None
     measure = Measure("metric", record.metric_name, record.higher_is_better)
-    figure = FIGURES[search.objective if search.objective in names else names[0]]
-    scale = {"bytes": 1000.0}.get(figure.unit, 1.0)
+    asked = (search.objective, *(limit.figure for limit in record.goal.limits), *names)
+    figure = FIGURES[next(name for name in asked if name in names)]
+    scale, unit = _UNITS.get(figure.unit, (1.0, figure.unit))
     points = [
         Point(
             name=str(row.number),
@@ -117,8 +119,8 @@ def _plot(record: records.Record, names: list[str], width: int, height: int) -> 
     ]
     if len(points) < 2:
         return None
-    unit = {"bytes": "kB"}.get(figure.unit, figure.unit)
-    return lay_out(points, measure.scales([p.y for p in points], f"{figure.label.lower()}, {unit}"), (), width, height)
+    title = f"{figure.label.lower()}, {unit}"
+    return lay_out(points, measure.scales([p.y for p in points], title), (), width, height)
 
 
 def _errors(trials: tuple[TrialRow, ...], names: list[str]) -> str:

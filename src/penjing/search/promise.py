@@ -15,6 +15,7 @@ from penjing.search.choice import Choice
 
 BELOW = 0.2  # of a limit: drops below that are not told apart, as samples hardly do
 _OF_METRIC = ("metric", "drop", "relative_drop")
+_SIGNS = {"<=": 1, ">=": -1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,12 @@ class Aim:
         return max(FLOOR, BELOW * min(limits, default=0.0))
 
     def excess(self, figures: Mapping[str, float]) -> float:
-        """How far figures are beyond the limits: shares of the limits, added. One that is missing counts as within."""
-        shares = [(figures[f] / bound - 1) * (1 if op == "<=" else -1) for f, op, bound in self.limits if f in figures]
+        """How far figures are beyond the limits: shares of the limits, added. One that is missing counts as within.
+
+        A limit of 0 has no shares: there 1 counts as the whole, as when a goal looks for the nearest artifact.
+        """
+        limits = [limit for limit in self.limits if limit[0] in figures]
+        shares = [(figures[f] - bound) / (abs(bound) or 1.0) * _SIGNS[op] for f, op, bound in limits]
         return sum(max(0.0, share) for share in shares)
 
     def value(self, candidate: Candidate) -> float | None:
@@ -135,12 +140,15 @@ def expected(beliefs: Beliefs, aim: Aim, choice: Choice) -> dict[str, dict[str, 
 
 
 def _artifacts(beliefs: Beliefs, choice: Choice) -> Iterator[tuple[str, Choice]]:
-    """The artifacts that a choice gives, each with what of the choice is in it."""
-    for artifact in beliefs.artifacts:
-        if not any(artifact.endswith(f"-{word}") for word in INTEGER):
-            yield artifact, as_floats(choice)
-        elif choice.integers != "none":
-            yield artifact, choice
+    """The artifacts that a choice gives, each with what of the choice is in it.
+
+    Integers where it makes any, else floats; floats too as long as the figures of no integers are known.
+    """
+    integers = [a for a in beliefs.artifacts if any(a.endswith(f"-{word}") for word in INTEGER)]
+    if choice.integers != "none" and integers:
+        yield from ((artifact, choice) for artifact in integers)
+    else:
+        yield from ((artifact, as_floats(choice)) for artifact in beliefs.artifacts if artifact not in integers)
 
 
 def _kept(beliefs: Beliefs, limit: tuple[str, str, float], choice: Choice, artifact: str) -> float:

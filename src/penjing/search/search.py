@@ -28,10 +28,11 @@ from penjing.search.history import History, Trial
 from penjing.search.probing import epoch_seconds
 from penjing.search.promise import Aim, Promise, expected, promises
 from penjing.search.space import space
-from penjing.search.study import Study
+from penjing.search.study import Study, check_study
 from penjing.search.trial import Begun
 from penjing.search.workers import Here, Workers
 from penjing.tasks.task import calibration_calls
+from penjing.train import cluster
 
 FIRST_LOOKS = 0.3  # of the time: for trials without training
 WORTH = 0.01  # an improvement below this share of the objective is none
@@ -69,6 +70,13 @@ class Budget:
         if self.trials is not None and (isinstance(self.trials, bool) or self.trials < 1):
             raise UsageError("a search takes some trials", code="trials", got=self.trials, expected="1 or more")
 
+    def check_reachable(self) -> None:
+        """Raise what the study or the cluster would fail at, before anything is computed."""
+        check_study(self.study)
+        if self.cluster is not None:
+            cluster.ray()
+            cluster.answers(self.cluster)
+
     def exceeds(self, before: SearchRow) -> bool:
         """Whether it gives more minutes or trials than a search had that came to its end."""
         minutes = before.seconds / 60 if before.minutes is None else before.minutes
@@ -95,6 +103,7 @@ def search(order: Order, budget: Budget, out: Path | str, *, resume: bool, force
         folder = RunFolder(out, resume=resume, force=force)
         try:
             opened_from = pretrained_folder(order)
+            budget.check_reachable()
             asked = replace(order, recipe=Recipe(), searches=True)
             prepared = prepare(asked, folder)
             if isinstance(prepared, Record):
@@ -204,12 +213,31 @@ class Search:
     def _tell_plan(self) -> None:
         """What is tried first, and how long each takes, before it begins."""
         pace = self._paces()
-        plan = [{"words": c.words(), "expected_s": round(pace.seconds(c))} for c in self.plan if c not in self._begun()]
+        plan = [{"words": c.words(), "expected_s": round(pace.seconds(c))} for c in self._affordable_looks(pace)]
         trained = next((c for c in self.space if c.epochs), None)
         self.events(
             "search", plan=plan, study=self.study.shown_url, notes=list(self.space.notes),
             epoch_s=round(pace.epoch, 1) if trained is not None else None,
         )  # fmt: skip
+
+    def _affordable_looks(self, pace: Paces) -> list[Choice]:
+        """The first looks that were not begun and fit into the budget, as far as that is known."""
+        begun, looks, end = self._begun(), list[Choice](), self.clock.spent
+        over = self.clock.spent + self.clock.left
+        for place, choice in enumerate(self.plan):
+            fits = place == 0 or (end < over if place == 1 else end + pace.seconds(choice) <= self._late)
+            if choice in begun or not fits:
+                continue
+            if self.budget.trials is not None and len(begun) + len(looks) >= self.budget.trials:
+                break
+            looks.append(choice)
+            end += pace.seconds(choice)
+        return looks
+
+    @property
+    def _late(self) -> float:
+        """Seconds from the beginning after which no more first looks end."""
+        return FIRST_LOOKS * 60 * (self.clock.minutes or math.inf)
 
     def _next(self) -> tuple[Choice | None, str]:
         """The next choice, or why there is none."""
@@ -226,11 +254,10 @@ class Search:
             return None, "the first trials are not over"
         looks, failures = self._paces(), self.history.failures()
         for choice in self.plan[2:]:
-            late = FIRST_LOOKS * 60 * (self.clock.minutes or math.inf)
             if (
                 choice not in begun
                 and not failures.expects(choice)
-                and self.clock.spent + looks.seconds(choice) <= late
+                and self.clock.spent + looks.seconds(choice) <= self._late
             ):
                 return choice, ""
         return self._worthiest(begun)
@@ -274,7 +301,7 @@ class Search:
         place = self._place(number)
         known = self.history.beliefs(self.running.values())
         Begun(began_s=self.clock.spent, predicted=expected(known, self.aim, choice)).write(place)
-        left = None if self.clock.minutes is None else round(self.clock.left)
+        left = None if self.clock.minutes is None else max(0, round(self.clock.left))
         seconds = round(self._paces().seconds(choice))
         self.events("trial", number=number, words=choice.words(), expected_s=seconds, left_s=left)
         self.running[number] = choice

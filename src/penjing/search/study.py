@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import re
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import optuna
 
 NAME = "penjing"
+ANSWER_S = 10.0  # that a database has to answer
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
+_DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 _ASKED, _CHOICE, _RUN = "penjing: request", "penjing: choice", "penjing: run"
 
 
@@ -98,26 +102,10 @@ class Study:
     @property
     def shown_url(self) -> str:
         """Where the trials are kept, without a password."""
-        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.url)
+        return _shown(self.url)
 
-    @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
-        """What the database fails at as an OutputError: a file that is damaged or locked, a server that is gone."""
-        try:
-            yield
-        except (PenjingError, ImportError):
-            raise
-        except Exception as error:  # of SQLAlchemy and of its many drivers
-            cause = _first_cause(error)
-            passing = any(word in cause for word in ("disk is full", "is locked", "disk I/O"))
-            remedy = "--force starts over in this run folder" if self.own else "another --study, or none"
-            raise OutputError(
-                "the study can't be opened or written",
-                code="study",
-                got=f"{self.shown_url}: {cause[:300]}",
-                expected="a file that Optuna wrote, on a disk with free space, or a database that answers",
-                remedy="when that is over, --resume goes on" if passing else remedy,
-            ) from error
+    def _answering(self) -> contextlib.AbstractContextManager[None]:
+        return _answering(self.url, self.own)
 
     def begun(self) -> list[tuple[int, Choice]]:
         """Trials that were begun and have not ended: of a search that was interrupted."""
@@ -191,11 +179,79 @@ class Study:
         return list(dict.fromkeys(choices))
 
 
-def _first_cause(error: BaseException) -> str:
-    """What an error began with, in one line: Optuna and SQLAlchemy raise others from it."""
+def check_study(url: str | None) -> None:
+    """Raise at once what a study would raise later: Optuna is not installed, or the database does not answer.
+
+    Args:
+        url: Of the study; None is one in the run folder.
+    """
+    optuna = _optuna()
+    if url is not None:
+        with _answering(url, own=False):
+            _connect(url)
+            optuna.storages.get_storage(url)
+
+
+def _connect(url: str) -> None:
+    """Raise where no server listens: some drivers would wait for minutes."""
+    from sqlalchemy.engine import make_url
+
+    parsed = make_url(url)
+    port = parsed.port or _PORTS.get(parsed.get_backend_name())
+    if parsed.host and port:
+        socket.create_connection((parsed.host, port), timeout=ANSWER_S).close()
+
+
+@contextlib.contextmanager
+def _answering(url: str, own: bool) -> Iterator[None]:
+    """What the database fails at as an OutputError: a file that is damaged or locked, a server that is gone."""
+    try:
+        yield
+    except PenjingError:
+        raise
+    except ImportError as error:
+        raise MissingDependency(
+            "the driver of the study's database is missing",
+            code="not-installed",
+            got=f"{_shown(url)}: {_first_cause(error)}",
+            expected="a driver that SQLAlchemy can import",
+            remedy=f"pip install {_driver(error)}, or --study sqlite:///study.db",
+        ) from None
+    except Exception as error:  # of SQLAlchemy and of its many drivers
+        cause = _first_cause(error).replace(url, _shown(url)) if url else _first_cause(error)
+        passing = any(word in cause for word in ("disk is full", "is locked", "disk I/O"))
+        remedy = "--force starts over in this run folder" if own else "another --study, or none"
+        if "://" not in url:
+            remedy = f"a file is written as --study sqlite:///{url}"
+        raise OutputError(
+            "the study can't be opened or written",
+            code="study",
+            got=f"{_shown(url)}: {cause[:300]}",
+            expected="a file that Optuna wrote, on a disk with free space, or a database that answers",
+            remedy="when that is over, --resume goes on" if passing else remedy,
+        ) from error
+
+
+def _shown(url: str) -> str:
+    """Without a password."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+
+
+def _driver(error: ImportError) -> str:
+    """The package to install for a module that was not there."""
+    name = getattr(_root(error), "name", None) or "the driver that the URL names"
+    return _DRIVERS.get(name, name)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: Optuna and SQLAlchemy raise others from it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    return error
+
+
+def _first_cause(error: BaseException) -> str:
+    return " ".join(str(_root(error)).split())
 
 
 def _distributions(optuna: Any, space: Space) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def carry_out(prepared: Prepared, choice: Choice, recipe: Recipe, folder: Path) 
 def _timed(prepared: Prepared, candidates: tuple[Candidate, ...]) -> Timed:
     """The candidates with their latencies, where the goal asks for any; the finalists are timed in every case."""
     if goals.needs_timing(prepared.order.goal):
-        return measure_all(prepared, candidates)
+        return measure_all(prepared, candidates, with_floors=False)
     return Timed(source=prepared.source, candidates=candidates, floors={})
 
 

@@ -17,6 +17,9 @@ from penjing.network.portable import Portable
 from penjing.tasks.usercode import USER_MODULE
 
 LOCAL = "local"  # a cluster of this machine's processes
+ANSWER_S = 10.0  # that an address has to answer
+_SETTINGS = b"\x04"  # the type of the frame that every HTTP/2 server begins with, and so gRPC, which Ray speaks
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0\0\0\0\0"  # RFC 9113, section 3.4
 
 
 def ray() -> Any:
@@ -101,16 +104,12 @@ def connected(cluster: str, workers: int) -> Iterator[None]:
                 ignore_reinit_error=True,
             )
         else:
-            _answers(cluster)
+            answers(cluster)
             package.init(address=cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    except TrainingError:
+        raise
     except Exception as error:
-        raise TrainingError(
-            "the Ray cluster can't be reached",
-            code="unreachable",
-            got=f"{cluster}: {' '.join(str(error).split())[:200]}",
-            expected="'local', or the address of a running cluster, for example ray://host:10001",
-            remedy="check it with `ray status`; cluster='local' starts one here",
-        ) from None
+        raise _unreachable(cluster, error) from None
     try:
         yield
     finally:
@@ -131,8 +130,32 @@ def check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
             )
 
 
-def _answers(cluster: str) -> None:
-    """An OSError at once where nothing listens: Ray itself would try for minutes."""
+def answers(cluster: str) -> None:
+    """Ask a cluster's address for a sign of life: Ray itself would try for minutes.
+
+    Raises:
+        TrainingError: Nothing listens there, or what does is silent or something else.
+    """
     host, colon, port = cluster.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not colon or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return  # it would not answer in plain text
+            connection.sendall(_GREETING)
+            first = connection.recv(9)
+        if first[3:4] != _SETTINGS:
+            raise ConnectionError("something that is not Ray answers there")
+    except (OSError, OverflowError) as error:
+        raise _unreachable(cluster, error) from None
+
+
+def _unreachable(cluster: str, error: Exception) -> TrainingError:
+    return TrainingError(
+        "the Ray cluster can't be reached",
+        code="unreachable",
+        got=f"{cluster}: {' '.join(str(error).split())[:200]}",
+        expected="'local', or the address of a running cluster, for example ray://host:10001",
+        remedy="check it with `ray status`; 'local', of a search 'auto', starts one here",
+    )
