@@ -16,6 +16,7 @@ What is in --folder already is not run again.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -100,6 +101,8 @@ def from_scratch(search, method: str, seed: int, seconds: float | None = None) -
     """Trials that a sampler of Optuna proposes, or chance; nothing is known before."""
     import optuna
 
+    from penjing.goals import goal as goals
+    from penjing.search.budget import OutOfTime
     from penjing.search.choice import Choice
 
     samplers = optuna.samplers
@@ -111,27 +114,26 @@ def from_scratch(search, method: str, seed: int, seconds: float | None = None) -
     directions = search.study.study.directions
     study = optuna.create_study(directions=directions, sampler=sampler)
     start, tries = time.monotonic(), 0
-    while tries < MOST and (seconds is None or time.monotonic() - start < seconds):
-        trial = study.ask(search.study.distributions)
-        choice = Choice(**(Choice().data() | trial.params))
-        if choice.technique == "none":
-            choice = Choice(**(choice.data() | {"keep": 1.0}))
-        if not search.space.sensible(choice):
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            continue
-        tries += 1
-        number = search.study.begin(choice)
-        search._begin(number, choice)
-        search._took(search.workers.wait())
-        best = search.history.best_of(next(t for t in search.history.trials if t.number == number))
-        from penjing.goals import goal as goals
-
-        figures = goals.figures(best) if best else {}
-        values = [figures.get(figure) for figure, _ in search.study.axes]
-        if any(value is None for value in values):
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            study.tell(trial, values)
+    with contextlib.suppress(OutOfTime):
+        while tries < MOST if seconds is None else time.monotonic() - start < seconds:
+            trial = study.ask(search.study.distributions)
+            choice = Choice(**(Choice().data() | trial.params))
+            if choice.technique == "none":
+                choice = Choice(**(choice.data() | {"keep": 1.0}))
+            if not search.space.sensible(choice):
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                continue
+            tries += 1
+            number = search.study.begin(choice)
+            search._begin(number, choice)
+            search._took(search.workers.wait())
+            best = search.history.best_of(next(t for t in search.history.trials if t.number == number))
+            figures = goals.figures(best) if best else {}
+            values = [figures.get(figure) for figure, _ in search.study.axes]
+            if any(value is None for value in values):
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, values)
 
 
 def hypervolume(search, reference: dict[str, float]) -> float:
