@@ -91,6 +91,7 @@ def by_bits(raised, network, task, bit_widths) -> list[dict]:
     from penjing.quantize import CoordinateRounding, MixedPrecision, Static
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
+    from penjing.storage.packed import packed_bytes
 
     capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(THREADS).instruction_sets)
     context = Context(task=task, capabilities=capabilities, source=raised)
@@ -116,7 +117,7 @@ def by_bits(raised, network, task, bit_widths) -> list[dict]:
                 folder = Path(aside)
                 manifest = building.build(draft, "onnxruntime", "int8", task, {"kind": "tensor"}, folder)
                 row |= judged(folder, task, network)
-                row["packed_bytes"] = measure.packed_bytes([folder / name for name in manifest.files()])
+                row["packed_bytes"] = packed_bytes(folder, manifest.files())
             rows.append(row)
             line = f"{kind:<10}{row['bits']:>6.2f}{row['metric']:>9.4f}{row['snr_db']:>8.1f}"
             print(f"{line}{row['packed_bytes'] / 1e3:>11.0f}", flush=True)

@@ -200,8 +200,11 @@ def main() -> None:
         for name in arguments.networks:
             rows = data["networks"][name]["cells"]
             data["networks"][name]["auto"] = row = auto(name)
-            fp32 = {key.split()[0]: cell["median"] for key, cell in rows.items() if key.endswith(" fp32")}
-            row["over_fastest"] = fp32[row["picked"]] / min(fp32[runtime] for runtime in runtimes.DEPLOYED)
+            timed = {key: cell["median"] for key, cell in rows.items() if "median" in cell}
+            fp32 = {key.split()[0]: ms for key, ms in timed.items() if key.endswith(" fp32")}
+            row["over_fastest"] = fp32[row["picked"]] / min(
+                fp32[runtime] for runtime in runtimes.DEPLOYED if runtime in fp32
+            )
             print(f"{name:<20}{row['picked']:<14}{row['seconds']:.1f} s (export {row['export_s']:.1f} s)", flush=True)
             arguments.out.write_text(json.dumps(data, indent=1, default=str) + "\n")
         return

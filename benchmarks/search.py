@@ -163,8 +163,10 @@ def part_goal(name: str, folder: Path, seeds: int) -> dict:
             done = place.with_suffix(".json")
             if not done.exists():
                 done.write_text(json.dumps(until_goal(name, GOALS[name], method, seed, place)))
-            rows[f"{method} {seed}"] = json.loads(done.read_text())
-            print(f"{method:<8} seed {seed}: {rows[f'{method} {seed}']}", flush=True)
+            print(f"{method:<8} seed {seed}: {json.loads(done.read_text())}", flush=True)
+    for done in sorted(folder.glob(f"goal-{name}-*.json")):
+        method, seed = done.stem.split("-")[2:]
+        rows[f"{method} {seed}"] = json.loads(done.read_text())
     return rows
 
 
@@ -262,6 +264,7 @@ def part_headline(folder: Path, minutes: float) -> dict:
     import torch
 
     from penjing import measure
+    from penjing.storage.packed import packed_bytes
 
     threads = measure.machine(1).cores
     mixed_precision.THREADS = threads
@@ -299,7 +302,7 @@ def part_headline(folder: Path, minutes: float) -> dict:
         "packed_bytes": {
             "source": before["packed_bytes"],
             "artifact": artifact["packed_bytes"],
-            "nncf": measure.packed_bytes([nncf / "model.xml", nncf / "model.bin"]),
+            "nncf": packed_bytes(nncf, ["model.xml", "model.bin"]),
         },
         "metric": [before["metric"], artifact["metric"]],
         "metric_nncf": mixed_precision.judged(nncf, task, network)["metric"],

@@ -191,7 +191,8 @@ def runtime_networks() -> str:
         for key, row in network["cells"].items()
         if "refused" in row and row["code"] != "precision"
     }
-    note = f"Batch 1; spread up to {max(_spreads(networks)):.0%}. " + "".join(f"{text}. " for text in sorted(reasons))
+    note = f"Batch 1; MiniLM with outlier channels mitigated; spread up to {max(_spreads(networks)):.0%}. "
+    note += "".join(f"{text}. " for text in sorted(reasons))
     return _under(lines, next(reversed(networks.values())), note)
 
 

@@ -50,14 +50,18 @@ class Clock:
         """Seconds that trials may still take."""
         return np.inf if self.minutes is None else 60 * self.minutes - self.reserve - self.spent
 
+    @property
+    def spare(self) -> float:
+        """Seconds until a trial would be broken off."""
+        return np.inf if self.minutes is None else LATE * 60 * self.minutes - self.reserve - self.spent
+
     def __call__(self, event: dict[str, Any]) -> None:
         """Listens to a trial, and breaks it off when it takes too long.
 
         Raises:
             OutOfTime: It does.
         """
-        late = self.minutes is not None and self.spent > LATE * 60 * self.minutes - self.reserve
-        if late and self.has_result:
+        if self.spare < 0 and self.has_result:
             raise OutOfTime
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,15 +25,25 @@ from penjing.search.trial import RUN
 
 FINALISTS = 6  # artifacts that are timed side by side at most
 START_S = 3.0  # of a process with a runtime
+SLOWER = 1.15  # times as long as in the trials: then the machine is busy, and the finalists are timed again
+AGAIN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Searched:
-    """What a search leaves to choose from."""
+    """What a search leaves to choose from.
+
+    Attributes:
+        trials: All that ended.
+        rows: What the record tells of them.
+        learning: How trainings went.
+        spare_s: Seconds that the end may take beyond those that were kept back for it.
+    """
 
     trials: tuple[Trial, ...]
     rows: SearchRow
     learning: Learning
+    spare_s: float = math.inf
 
 
 def expected_seconds(prepared: Prepared, trials: Sequence[Trial]) -> float:
@@ -62,12 +75,34 @@ def deliver(prepared: Prepared, searched: Searched) -> Record:
     with run.costing("choose among the finalists"):
         for trial, candidate in finalists:
             _bring(prepared, trial, candidate)
-        timed = measure_all(prepared, [candidate for _, candidate in finalists])
+        timed = _timed(prepared, [candidate for _, candidate in finalists], searched)
     _, verdict, _ = final(prepared, _judged(prepared, timed))
     trial = next(t for t, c in finalists if c.name == verdict.chosen)
     chosen = prepared_for(prepared, trial, searched)
     rows = replace(searched.rows, chosen=trial.number)
     return deliver_all(replace(chosen, search=rows), judge(chosen, timed))
+
+
+def _timed(prepared: Prepared, candidates: list[Candidate], searched: Searched) -> Timed:
+    """The finalists' timings; again where the source was slower than in the trials and time is left.
+
+    A limit in milliseconds that trials kept would be missed for the machine's sake.
+    """
+    usual = [t.outcome.source_ms for t in searched.trials if t.outcome.source_ms]
+    spare, start = searched.spare_s, time.monotonic()
+    timed = measure_all(prepared, candidates)
+    for _ in range(AGAIN if usual and goals.needs_timing(prepared.order.goal) else 0):
+        each = time.monotonic() - start
+        if _source_ms(timed) <= SLOWER * statistics.median(usual) or each > spare:
+            break
+        start, spare = time.monotonic(), spare - each
+        prepared.run.folder.write_state("latency", None)
+        timed = min(timed, measure_all(prepared, candidates), key=_source_ms)
+    return timed
+
+
+def _source_ms(timed: Timed) -> float:
+    return 0.0 if timed.source.latency_ms is None else timed.source.latency_ms.median
 
 
 def _judged(prepared: Prepared, timed: Timed) -> list[Candidate]:

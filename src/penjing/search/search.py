@@ -164,7 +164,8 @@ class Search:
         rows = replace(self.history.rows(stopped), notes=self.space.notes, study=self.study.shown_url)
         rows = replace(rows, seconds=round(self.clock.spent, 1), minutes=self.budget.minutes)
         rows = replace(rows, most=self.budget.trials)
-        return finish.Searched(trials=tuple(trials), rows=rows, learning=self.space.learning)
+        spare = self.clock.spare
+        return finish.Searched(trials=tuple(trials), rows=rows, learning=self.space.learning, spare_s=spare)
 
     def _rounds(self) -> str:
         while True:
