@@ -233,6 +233,28 @@ def search_goal() -> str:
     return _under(lines, data, f"The digits network, `{data['goal']}`, one number a seed; ")
 
 
+def search_cluster() -> str:
+    """Trials a minute with one process and with two."""
+    data = _read("search")["cluster digits"]
+    rows = data["rows"]
+    where = data["machine"]["processor"]
+    return (
+        f"With one process {rows['1']['per_minute']:.1f} trials a minute, with two {rows['2']['per_minute']:.1f}: "
+        f"{rows['ratio']:.2f}x ({rows['1']['trials']} trials on one thread each, two cores; {where})."
+    )
+
+
+def search_volume() -> str:
+    """Hypervolumes after the same wall time."""
+    data = _read("search")["hypervolume digits"]
+    labels = {"penjing": "Penjing", "nsga2": "Optuna NSGA-II", "random": "random choices"}
+    lines = ["| | hypervolume | trials | seconds |", "|---|---|---|---|"]
+    for key, row in data["rows"].items():
+        label = labels[key.split()[0]]
+        lines.append(f"| {label} | {row['hypervolume']:.1f} | {row['trials']} | {row['seconds']:.0f} |")
+    return _under(lines, data, "The digits network; of packed size, latency and drop up to 5 points; ")
+
+
 def search_headline() -> str:
     """The trials of `penjing compress` on ResNet-20."""
     data = _read("search")["headline"]
@@ -1278,9 +1300,11 @@ TABLES = {
     "runtime_networks": runtime_networks,
     "runtime_auto": runtime_auto,
     "runtime_table": runtime_table,
+    "search_cluster": search_cluster,
     "search_goal": search_goal,
     "search_headline": search_headline,
     "search_resume": search_resume,
+    "search_volume": search_volume,
     "packing": packing,
     "deltas": deltas,
     "packing_large": packing_large,
