@@ -12,7 +12,7 @@ from penjing.pipeline.building import build
 from penjing.pipeline.prepare import Prepared
 from penjing.steps.draft import Draft
 
-SECONDS, ROUNDS = 0.3, 3  # of timing, for each runtime
+SECONDS, ROUNDS = 0.15, 3  # of timing, for each runtime
 
 
 def picked(prepared: Prepared) -> tuple[str, ...]:
