@@ -16,7 +16,7 @@ from penjing.steps.step import Context
 from penjing.surgery import Sign
 from penjing.train.finetune import Finetune
 from tests import pairs
-from tests.raises import raises_case
+from tests.raises import raises_case, raises_setting
 
 SHORT = Finetune(steps=2, autocast="off", learning_rate=0.01)
 
@@ -78,7 +78,7 @@ def test_the_rest_may_become_bytes_after_the_training(source, task):
         assert torch.equal(whole.network.get_parameter(f"{name}.weight"), in_bytes(weight))
         assert not torch.equal(weight, in_bytes(weight))
     assert torch.equal(whole.network.get_parameter("hidden.weight"), floats.network.get_parameter("hidden.weight"))
-    with pytest.raises(RecipeError, match="rest="):
+    with raises_setting("rest"):
         quantize.Binary(rest="nibbles")
 
 
