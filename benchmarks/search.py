@@ -101,7 +101,7 @@ def from_scratch(search, method: str, seed: int, seconds: float | None = None) -
     """Trials that a sampler of Optuna proposes, or chance; nothing is known before."""
     import optuna
 
-    from penjing.goals import goal as goals
+    from penjing.goals import judging as goals
     from penjing.search.budget import OutOfTime
     from penjing.search.choice import Choice
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.errors import GoalError
-from penjing.goals.goal import Goal, Limit, check, choose, figures, needs_metric, pareto
+from penjing.goals.goal import Goal, Limit, needs_metric
+from penjing.goals.judging import check, choose, figures, pareto
 from penjing.goals.text import of_the_metric
 from penjing.records import Candidate, Energy, Latency, Measured, Rejection
 from penjing.records.figures import FIGURES

@@ -1,7 +1,8 @@
 import dataclasses
 import json
 
-from penjing.goals.goal import Goal, choose
+from penjing.goals.goal import Goal
+from penjing.goals.judging import choose
 from penjing.records import Candidate, Energy, Latency, Measured, from_dict, to_json
 from penjing.records.figures import FIGURES
 from penjing.records.record import GoalResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from penjing.goals import goal as goals
+from penjing.goals import judging as goals
 from penjing.goals.goal import Goal
 from penjing.pipeline import between, drafts, questions, zeros
 from penjing.pipeline.building import INTEGER

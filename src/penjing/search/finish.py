@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from penjing.errors import PenjingError, RecordError
-from penjing.goals import goal as goals
+from penjing.goals import judging as goals
+from penjing.goals.goal import needs_timing
 from penjing.pipeline.delivery import deliver as deliver_all
 from penjing.pipeline.judging import READS, final, judge, judged
 from penjing.pipeline.prepare import Prepared
@@ -91,7 +92,7 @@ def _timed(prepared: Prepared, candidates: list[Candidate], searched: Searched) 
     usual = [t.outcome.source_ms for t in searched.trials if t.outcome.source_ms]
     spare, start = searched.spare_s, time.monotonic()
     timed = measure_all(prepared, candidates)
-    for _ in range(AGAIN if usual and goals.needs_timing(prepared.order.goal) else 0):
+    for _ in range(AGAIN if usual and needs_timing(prepared.order.goal) else 0):
         each = time.monotonic() - start
         if _source_ms(timed) <= SLOWER * statistics.median(usual) or each > spare:
             break

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from penjing.goals import goal as goals
+from penjing.goals import judging as goals
 from penjing.goals.goal import Goal
 from penjing.pipeline.building import INTEGER
 from penjing.records import Candidate

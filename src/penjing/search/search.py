@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penjing.errors import UsageError
-from penjing.goals import goal as goals
+from penjing.goals import judging as goals
 from penjing.measure import time_limits
 from penjing.pipeline import picking
 from penjing.pipeline.compress import Result, pretrained_folder

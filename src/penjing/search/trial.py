@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from penjing.errors import RecordError
-from penjing.goals import goal as goals
+from penjing.goals.goal import needs_timing
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.candidates import build
 from penjing.pipeline.judging import judged
@@ -117,7 +117,7 @@ def carry_out(prepared: Prepared, choice: Choice, recipe: Recipe, folder: Path) 
 
 def _timed(prepared: Prepared, candidates: tuple[Candidate, ...]) -> Timed:
     """The candidates with their latencies, where the goal asks for any; the finalists are timed in every case."""
-    if goals.needs_timing(prepared.order.goal):
+    if needs_timing(prepared.order.goal):
         return measure_all(prepared, candidates, with_floors=False)
     return Timed(source=prepared.source, candidates=candidates, floors={})
 
