@@ -49,8 +49,8 @@ def test_one_that_is_no_smaller_is_rejected_with_the_sizes(tmp_path):
     least = min((c for c in record.candidates), key=lambda c: c.measured.size_bytes)
     assert rejected.rejection is not None and record.chosen.precision != "int8"
     assert rejected.rejection.reason == (
-        f"no operator of it runs in integers, and it is no smaller than {least.name}: "
-        f"{rejected.measured.size_bytes} bytes against {least.measured.size_bytes}"
+        f"no operator runs in integers, and the file is not smaller than that of {least.name} "
+        f"({rejected.measured.size_bytes} bytes, {least.measured.size_bytes} bytes)"
     )
     assert any(f"onnxruntime-int8 is not offered: {rejected.rejection.reason}" in text for text in record.warnings)
 

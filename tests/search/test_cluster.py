@@ -101,11 +101,12 @@ def test_what_is_silent_or_no_cluster_is_told(monkeypatch):
         with raises_case(TrainingError, "unreachable") as caught:
             cluster.answers(f"ray://{answers_with(reply)}")
         assert word in str(caught.value.got)
-    cluster.answers(answers_with(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))))  # as gRPC begins
+    assert cluster.answers(answers_with(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))))  # as gRPC begins
 
 
 def test_a_cluster_that_runs_answers(nodes):
-    cluster.answers(nodes.address)
+    assert cluster.answers(nodes.address)
+    assert not cluster.answers("auto")  # no address that could be asked
 
 
 def test_a_cluster_belongs_to_a_search(tmp_path):

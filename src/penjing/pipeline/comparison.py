@@ -13,8 +13,8 @@ from penjing.network.capture import capture_network
 from penjing.pipeline import building, energies
 from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.timing import timed
-from penjing.pipeline.verify import batch_of
-from penjing.records import Energy, LayerRow, Measured, steadiness
+from penjing.pipeline.verify import batch_of, side_by_side
+from penjing.records import Energy, LayerRow, Measured
 from penjing.records.folder import ARTIFACT, RECORD, SOURCE
 from penjing.records.manifest import MANIFEST, read_manifest
 from penjing.runtimes import isolated
@@ -68,15 +68,7 @@ def measure_artifact(
         inputs = batch_of(Path(artifact), ports, batch)
         samples = len(inputs[0]) if inputs[0].ndim else batch
         targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
-        patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
-        timings = measure.compare(
-            targets,
-            threads=threads,
-            seconds=seconds,
-            patience=patience,
-            warmup_seconds=min(0.3, seconds),
-            events=events,
-        )
+        timings = side_by_side(targets, threads, seconds, events)
         spent = _energies(Path(artifact), folders, targets, threads, seconds, events)
         return {
             name: timed(_figures(folder, task, threads), timings[name], spent.get(name))

@@ -23,10 +23,11 @@ def _weighed(candidate: Candidate, others: Sequence[Candidate]) -> Candidate:
     floats = [c for c in others if c.runtime == candidate.runtime and c.precision not in INTEGER]
     least = min(floats, key=lambda c: c.measured.size_bytes or 0, default=None)
     if least is None or not size or not least.measured.size_bytes:
-        smaller, why = any(row.stored for row in candidate.layers), "and no weights are stored as integers"
+        smaller, why = any(row.stored for row in candidate.layers), "no weights are stored as integers"
     else:
         smaller = size < least.measured.size_bytes
-        why = f"and it is no smaller than {least.name}: {size} bytes against {least.measured.size_bytes}"
+        sizes = f"({size} bytes, {least.measured.size_bytes} bytes)"
+        why = f"the file is not smaller than that of {least.name} {sizes}"
     if smaller:
         return replace(candidate, doubts=(f"{candidate.name}: {STORED}", *candidate.doubts))
-    return replace(candidate, rejection=Rejection(reason=f"no operator of it runs in integers, {why}"), doubts=())
+    return replace(candidate, rejection=Rejection(reason=f"no operator runs in integers, and {why}"), doubts=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,15 +182,7 @@ def _speed(
         measure.Target("source", folder / SOURCE, inputs, after.batch),
         measure.Target("artifact", folder / ARTIFACT, inputs, after.batch),
     ]
-    patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
-    timings = measure.compare(
-        targets,
-        threads=threads,
-        seconds=seconds,
-        patience=patience,
-        warmup_seconds=min(0.3, seconds),
-        events=events,
-    )
+    timings = side_by_side(targets, threads, seconds, events)
     recorded = steadiness.speedup(before, after)
     measured = measure.ratio(timings["source"], timings["artifact"])
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
@@ -219,6 +211,21 @@ def _speed_holds(recorded: float, measured: float, same: bool, then: str, now: s
     if now:
         return None, f"this machine is busy ({now}): measure again when it is quiet"
     return abs(measured / recorded - 1) <= SPEED_TOLERANCE, ""
+
+
+def side_by_side(
+    targets: Sequence[measure.Target], threads: int, seconds: float, events: Callable[..., None] | None
+) -> dict[str, measure.Timing]:
+    """Latencies of several artifacts in turns: warmed up no longer than timed, very short timings not repeated."""
+    patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
+    return measure.compare(
+        targets,
+        threads=threads,
+        seconds=seconds,
+        patience=patience,
+        warmup_seconds=min(0.3, seconds),
+        events=events,
+    )
 
 
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:

@@ -130,25 +130,29 @@ def check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
             )
 
 
-def answers(cluster: str) -> None:
-    """Ask a cluster's address for a sign of life: Ray itself would try for minutes.
+def answers(cluster: str) -> bool:
+    """Ask a cluster's address for a sign of life, since Ray itself would try for minutes.
+
+    Returns:
+        Whether there was a host and port to ask.
 
     Raises:
         TrainingError: Nothing listens there, or what does is silent or something else.
     """
     host, colon, port = cluster.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdecimal():
-        return
+        return False
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S) as connection:
             if os.environ.get("RAY_USE_TLS", "0") != "0":
-                return  # it would not answer in plain text
+                return True  # it would not answer in plain text
             connection.sendall(_GREETING)
             first = connection.recv(9)
         if first[3:4] != _SETTINGS:
             raise ConnectionError("something that is not Ray answers there")
     except (OSError, OverflowError) as error:
         raise _unreachable(cluster, error) from None
+    return True
 
 
 def _unreachable(cluster: str, error: Exception) -> TrainingError:
